@@ -1,0 +1,1 @@
+"""Numerical kernels: ``reference`` defines correct; faster paths must agree with it."""

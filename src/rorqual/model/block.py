@@ -1,0 +1,134 @@
+"""One V4 block: attention and mixture of experts, each reading and writing the residual streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.kernels import reference
+from rorqual.kernels.packed import AttentionLayout
+from rorqual.kernels.reference import StreamMixing
+from rorqual.model.attention import Attention, Ragged
+from rorqual.model.config import ModelConfig
+from rorqual.model.linear import Linear
+from rorqual.model.moe import MoE
+from rorqual.model.norm import RMSNorm
+from rorqual.model.packed import PackedBatch, RouterStats
+from rorqual.model.rope import RotaryTable, Rotation
+from rorqual.model.state import LayerState
+
+
+class Block(nn.Module):
+    """Streams in, streams out: [N, M, D]. Report 2.2 eq. 3-8 around each sub-layer."""
+
+    def __init__(
+        self, config: ModelConfig, ratio: int, rope: RotaryTable, *, hashed: bool
+    ) -> None:
+        super().__init__()
+        m, width = config.hc_mult, config.hc_mult * config.hidden_size
+        rows = 2 * m + m * m
+        self.config = config
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = Attention(config, ratio, rope)
+        self.ffn = MoE(config, hashed=hashed)
+        self.hc_attn_fn = nn.Parameter(torch.zeros(rows, width))
+        self.hc_attn_base = nn.Parameter(torch.zeros(rows))
+        self.hc_attn_scale = nn.Parameter(torch.ones(3))
+        self.hc_ffn_fn = nn.Parameter(torch.zeros(rows, width))
+        self.hc_ffn_base = nn.Parameter(torch.zeros(rows))
+        self.hc_ffn_scale = nn.Parameter(torch.ones(3))
+
+    def _mixing(self, streams_NMD: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> StreamMixing:
+        return reference.stream_mixing(
+            streams_NMD,
+            fn,
+            scale,
+            base,
+            iterations=self.config.hc_sinkhorn_iters,
+            eps=self.config.hc_eps,
+            norm_eps=self.config.rms_norm_eps,
+        )
+
+    def _through_attention(
+        self, streams_NMD: Tensor, sublayer: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        mixing = self._mixing(streams_NMD, self.hc_attn_fn, self.hc_attn_scale, self.hc_attn_base)
+        inputs = self.attn_norm(reference.read_streams(streams_NMD, mixing.pre_NM))
+        return reference.write_streams(sublayer(inputs), streams_NMD, mixing)
+
+    def _through_experts(self, streams_NMD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        mixing = self._mixing(streams_NMD, self.hc_ffn_fn, self.hc_ffn_scale, self.hc_ffn_base)
+        inputs = self.ffn_norm(reference.read_streams(streams_NMD, mixing.pre_NM))
+        return reference.write_streams(sublayer(inputs), streams_NMD, mixing)
+
+    def forward(
+        self, streams_NMD: Tensor, tokens_N: Tensor, ragged: Ragged, states: Sequence[LayerState]
+    ) -> Tensor:
+        """Inference step; advances ``states``, one per sequence of the ragged batch."""
+        streams_NMD = self._through_attention(
+            streams_NMD, lambda x_ND: self.attn(x_ND, ragged, states)
+        )
+        return self._through_experts(streams_NMD, lambda x_ND: self.ffn(x_ND, tokens_N))
+
+    def forward_packed(
+        self,
+        streams_NMD: Tensor,
+        tokens_N: Tensor,
+        batch: PackedBatch,
+        layout: AttentionLayout,
+        rotation: Rotation,
+        *,
+        indexer_loss: bool,
+    ) -> tuple[Tensor, RouterStats | None, Tensor | None]:
+        """Training step over N = B * T packed tokens."""
+        rows = batch.sample_BT.shape
+        loss: Tensor | None = None
+        stats: RouterStats | None = None
+
+        def attend(x_ND: Tensor) -> Tensor:
+            nonlocal loss
+            out_BTD, loss = self.attn.forward_packed(
+                x_ND.unflatten(0, rows), batch, layout, rotation, indexer_loss=indexer_loss
+            )
+            return out_BTD.flatten(0, 1)
+
+        def experts(x_ND: Tensor) -> Tensor:
+            nonlocal stats
+            out, stats = self.ffn.forward_packed(x_ND, tokens_N, batch.sample_BT.flatten() >= 0)
+            return out
+
+        streams_NMD = self._through_attention(streams_NMD, attend)
+        return self._through_experts(streams_NMD, experts), stats, loss
+
+
+class MTPBlock(Block):
+    """Multi-token prediction, depth 1 (report 2.1): predicts one token beyond the trunk.
+
+    Input streams are the trunk's before its head; the embedding is of the following token.
+    """
+
+    def __init__(self, config: ModelConfig, ratio: int, rope: RotaryTable) -> None:
+        super().__init__(config, ratio, rope, hashed=False)
+        width, eps, m = config.hidden_size, config.rms_norm_eps, config.hc_mult
+        official = config.numerics == "official"
+        self.e_proj = Linear(
+            width, width, weight_format=config.linear_dtype, quantize_input=official
+        )
+        self.h_proj = Linear(
+            width, width, weight_format=config.linear_dtype, quantize_input=official
+        )
+        self.enorm = RMSNorm(width, eps)
+        self.hnorm = RMSNorm(width, eps)
+        self.norm = RMSNorm(width, eps)
+        self.hc_head_fn = nn.Parameter(torch.zeros(m, m * width))
+        self.hc_head_base = nn.Parameter(torch.zeros(m))
+        self.hc_head_scale = nn.Parameter(torch.ones(1))
+
+    def combine(self, streams_NMD: Tensor, next_embedding_ND: Tensor) -> Tensor:
+        """X' = e_proj(enorm(embedding)) on every stream + h_proj(hnorm(X))."""
+        shared: Tensor = self.e_proj(self.enorm(next_embedding_ND))
+        own: Tensor = self.h_proj(self.hnorm(streams_NMD))
+        return shared.unsqueeze(-2) + own

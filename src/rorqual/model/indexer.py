@@ -1,0 +1,57 @@
+"""The lightning indexer: cheap low-precision scores that choose which entries a query attends to.
+
+Report 2.3.1, eq. 14-17. Shares the query latent of the attention layer; has its own compressor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.kernels import reference
+from rorqual.model.compressor import Compressor
+from rorqual.model.config import ModelConfig
+from rorqual.model.linear import Linear
+from rorqual.model.rope import Rotation
+
+
+class Indexer(nn.Module):
+    """Scores compressed entries for CSA layers."""
+
+    def __init__(self, config: ModelConfig, ratio: int) -> None:
+        super().__init__()
+        self.num_heads = config.index_n_heads
+        self.head_dim = config.index_head_dim
+        self.official = config.numerics == "official"
+        self.topk = config.index_topk
+        self.wq_b = Linear(
+            config.q_lora_rank,
+            self.num_heads * self.head_dim,
+            weight_format=config.linear_dtype,
+            quantize_input=self.official,
+        )
+        self.weights_proj = Linear(config.hidden_size, self.num_heads)
+        self.compressor = Compressor(config, ratio, self.head_dim, rotated=True)
+
+    def queries(self, latent: Tensor, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """Indexer queries [..., H, C] and signed head weights [..., H].
+
+        Args:
+            latent: normalised query latent [..., q_lora_rank]; x: normalised layer input [..., D].
+        """
+        q = self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim))
+        q = reference.rotate(q, *rotation.per_head())
+        if self.official:
+            q = reference.simulate_fp4(reference.hadamard(q), 32)
+        weight = self.weights_proj(x) * (self.head_dim**-0.5 * self.num_heads**-0.5)
+        return q, weight
+
+    def select(
+        self, q_THC: Tensor, weight_TH: Tensor, keys_SC: Tensor, visible_T: Tensor
+    ) -> Tensor:
+        """Entry indices [T, <= topk], -1 where masked."""
+        if keys_SC.shape[0] <= self.topk:  # everything visible is selected: no need to score
+            every = torch.arange(keys_SC.shape[0], device=keys_SC.device)
+            return torch.where(every < visible_T.unsqueeze(-1), every, -1)
+        scores = reference.indexer_scores(q_THC, weight_TH, keys_SC)
+        return reference.select_entries(scores, visible_T, self.topk)

@@ -1,0 +1,85 @@
+"""DeepSeekMoE: one shared expert beside routed ones, clamped SwiGLU, weight applied before w2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rorqual.kernels import reference
+from rorqual.model.config import ModelConfig
+from rorqual.model.gate import Gate
+from rorqual.model.linear import Linear, WeightFormat
+from rorqual.model.packed import RouterStats
+
+
+class Expert(nn.Module):
+    """w2(silu(min(w1 x, limit)) * clamp(w3 x) * weight)."""
+
+    def __init__(self, config: ModelConfig, weight_format: WeightFormat, width: int) -> None:
+        super().__init__()
+        self.limit = config.swiglu_limit
+        official = config.numerics == "official"
+
+        def linear(inputs: int, outputs: int) -> Linear:
+            return Linear(inputs, outputs, weight_format=weight_format, quantize_input=official)
+
+        self.w1 = linear(config.hidden_size, width)
+        self.w2 = linear(width, config.hidden_size)
+        self.w3 = linear(config.hidden_size, width)
+
+    def forward(self, x_ND: Tensor, weight_N1: Tensor | None = None) -> Tensor:
+        """[N, D] -> [N, D]; the routing weight enters before w2, where it is rounded with it."""
+        hidden = reference.swiglu(self.w1(x_ND), self.w3(x_ND), self.limit)
+        if weight_N1 is not None:
+            hidden = hidden * weight_N1
+        out: Tensor = self.w2(hidden.to(x_ND.dtype))
+        return out
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared expert."""
+
+    def __init__(self, config: ModelConfig, *, hashed: bool) -> None:
+        super().__init__()
+        self.gate = Gate(config, hashed=hashed)
+        width = config.moe_intermediate_size
+        self.experts = nn.ModuleList(
+            Expert(config, config.expert_dtype, width) for _ in range(config.n_routed_experts)
+        )
+        self.shared_experts = Expert(config, config.linear_dtype, width * config.n_shared_experts)
+
+    def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
+        """[N, D] -> [N, D]; tokens_N are the input token ids (hash routing needs them)."""
+        weight_NK, index_NK, _ = self.gate(x_ND, tokens_N)
+        return self._mix(x_ND, weight_NK, index_NK)
+
+    def forward_packed(
+        self, x_ND: Tensor, tokens_N: Tensor, real_N: Tensor
+    ) -> tuple[Tensor, RouterStats | None]:
+        """As ``forward``, with routing statistics over the tokens where ``real_N`` is True."""
+        weight_NK, index_NK, scores_NE = self.gate(x_ND, tokens_N)
+        stats = None
+        if not self.gate.hashed:
+            share_NE = scores_NE[real_N] / scores_NE[real_N].sum(-1, keepdim=True)
+            counts = torch.bincount(index_NK[real_N].flatten(), minlength=len(self.experts))
+            stats = RouterStats(counts / counts.sum().clamp_min(1), share_NE.mean(0))
+        return self._mix(x_ND, weight_NK, index_NK), stats
+
+    def _mix(self, x_ND: Tensor, weight_NK: Tensor, index_NK: Tensor) -> Tensor:
+        """Group tokens by expert, run each expert once, add up in float32."""
+        topk = index_NK.shape[-1]
+        flat = index_NK.flatten()
+        order = flat.argsort(stable=True)
+        token = order // topk
+        weight = weight_NK.flatten()[order].unsqueeze(-1)
+        counts = torch.bincount(flat, minlength=len(self.experts)).tolist()
+        grouped = x_ND.index_select(0, token)
+        outputs, start = [], 0
+        for expert, count in zip(self.experts, counts, strict=True):
+            if count:
+                here = slice(start, start + count)
+                outputs.append(reference.wide(expert(grouped[here], weight[here])))
+                start += count
+        routed = torch.cat(outputs)
+        total = routed.new_zeros(x_ND.shape).index_add(0, token, routed)
+        return (total + reference.wide(self.shared_experts(x_ND))).to(x_ND.dtype)
