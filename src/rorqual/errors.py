@@ -4,6 +4,7 @@
 RorqualError                  caught by the CLI and the server; anything else is a bug
 ├── ConfigError               a config file or option is wrong; also a ValueError
 ├── CheckpointError           a checkpoint's files are missing, extra, misshapen or damaged
+├── TrainingError             a training run cannot go on: it diverged or lost its data
 ├── RequestError              the client's request is wrong (HTTP 400 unless a subclass says else)
 │   ├── PromptTooLongError    prompt + answer does not fit the context
 │   └── UnknownModelError     no such model is served (HTTP 404)
@@ -26,6 +27,10 @@ class ConfigError(RorqualError, ValueError):
 
 class CheckpointError(RorqualError):
     """A checkpoint cannot be read or written; the message names the file and tensor."""
+
+
+class TrainingError(RorqualError):
+    """A training run cannot continue; the message says from where to resume."""
 
 
 class RequestError(RorqualError):

@@ -27,9 +27,7 @@ class AttentionLayout:
     """bool, True where visible. Keys: previous block, own block, then the S entries of the row."""
 
     @classmethod
-    def build(
-        cls, sample: Tensor, position: Tensor, window: int, ratio: int
-    ) -> AttentionLayout:
+    def build(cls, sample: Tensor, position: Tensor, window: int, ratio: int) -> AttentionLayout:
         """sample, position: int64 [B, T] as in ``PackedBatch``; T a multiple of ``window``."""
         rows, tokens = sample.shape
         if tokens % window:
@@ -52,13 +50,13 @@ class AttentionLayout:
 
 
 class _BlockAttention(torch.autograd.Function):
-    """softmax([q k^T, sink]) k per block, with keys as values; saves one matrix of probabilities."""
+    """softmax([q k^T, sink]) k per block, keys as values; saves one matrix of probabilities."""
 
     @staticmethod
     def forward(
         ctx: Any, q_XHWC: Tensor, k_XLC: Tensor, sink_H: Tensor, mask_XWL: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
-        blocks, heads, width, _ = q_XHWC.shape
+        heads, width = q_XHWC.shape[1:3]
         q = q_XHWC.flatten(1, 2)
         p = (torch.bmm(q, k_XLC.transpose(1, 2)).float()).mul_(scale)
         p = p.unflatten(1, (heads, width))
@@ -78,7 +76,7 @@ class _BlockAttention(torch.autograd.Function):
         return out.unflatten(1, (heads, width)), p
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, p, out, sink_p = ctx.saved_tensors
         _, heads, width, _ = p.shape
         g = grads[0].to(k.dtype).contiguous().flatten(1, 2)
@@ -111,9 +109,17 @@ def attention(
         shared = entries_BSC.unsqueeze(1).expand(-1, keys.shape[1], -1, -1)
         keys = torch.cat((keys, shared.to(keys.dtype)), dim=2)
     q = q_BTHC.unflatten(1, (-1, window)).flatten(0, 1).transpose(1, 2)
-    out, p = _BlockAttention.apply(  # type: ignore[no-untyped-call]
-        q.contiguous(), keys.flatten(0, 1), sink_H, layout.mask_BUWL.flatten(0, 1), scale
-    )
+    # The backward pass runs outside autocast, so the working type is fixed here.
+    kind = q.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+    with torch.autocast(kind, enabled=False):
+        out, p = _BlockAttention.apply(  # type: ignore[no-untyped-call]
+            q.to(dtype).contiguous(),
+            keys.to(dtype).flatten(0, 1),
+            sink_H,
+            layout.mask_BUWL.flatten(0, 1),
+            scale,
+        )
     return out.transpose(1, 2).unflatten(0, (rows, -1)).flatten(1, 2), p
 
 

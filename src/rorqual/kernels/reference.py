@@ -69,7 +69,7 @@ def hadamard(x: Tensor) -> Tensor:
     y = wide(x)
     step = 1
     while step < width:
-        y = y.unflatten(-1, (width // (2 * step), 2, step))
+        y = y.reshape(*x.shape[:-1], width // (2 * step), 2, step)
         low, high = y[..., 0, :], y[..., 1, :]
         y = torch.stack((low + high, low - high), dim=-2).flatten(-3)
         step *= 2
@@ -80,11 +80,11 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
-    """[..., K] -> [..., ceil(K/block), block], zero padded: a short last block has its own scale."""
+    """[..., K] -> [..., ceil(K/block), block], zero padded; a short last block has its scale."""
     pad = -x.shape[-1] % block
     if pad:
         x = torch.nn.functional.pad(x, (0, pad))
-    return x.unflatten(-1, (-1, block))
+    return x.reshape(*x.shape[:-1], -1, block)
 
 
 def round_to_power_of_two(x: Tensor) -> Tensor:
@@ -169,9 +169,11 @@ def sinkhorn(logits_NMM: Tensor, iterations: int, eps: float) -> Tensor:
 
 
 def stream_projection(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
-    """The mixing logits before scale and bias: flat(X) fn^T / rms(flat X); [N, fn rows], float32."""
+    """The mixing logits before scale and bias: flat(X) fn^T / rms(flat X); [N, rows of fn]."""
     flat = wide(streams_NMD).flatten(-2)
-    return (flat @ wide(fn).T) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
+    with torch.autocast(flat.device.type, enabled=False):
+        logits = flat @ wide(fn).T
+    return logits * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
 def stream_mixing(
@@ -199,14 +201,17 @@ def stream_mixing(
 
 def read_streams(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
     """u = sum_j pre_j X_j, in the dtype of the streams."""
-    return (pre_NM.unsqueeze(-2) @ wide(streams_NMD)).squeeze(-2).to(streams_NMD.dtype)
+    return (pre_NM.unsqueeze(-1) * wide(streams_NMD)).sum(-2).to(streams_NMD.dtype)
 
 
 def write_streams(output_ND: Tensor, streams_NMD: Tensor, mixing: StreamMixing) -> Tensor:
     """X'_k = post_k f + sum_j comb[j, k] X_j (the sum runs over the first index)."""
-    residual = mixing.comb_NMM.transpose(-1, -2) @ wide(streams_NMD)
-    new = mixing.post_NM.unsqueeze(-1) * wide(output_ND).unsqueeze(-2) + residual
-    return new.to(streams_NMD.dtype)
+    x, f = wide(streams_NMD), wide(output_ND)
+    new = [
+        mixing.post_NM[..., k : k + 1] * f + (mixing.comb_NMM[..., k].unsqueeze(-1) * x).sum(-2)
+        for k in range(x.shape[-2])
+    ]
+    return torch.stack(new, dim=-2).to(streams_NMD.dtype)
 
 
 def merge_streams(
@@ -234,14 +239,23 @@ def indexer_scores(q_THC: Tensor, weight_TH: Tensor, key_SC: Tensor) -> Tensor:
 def select_entries(scores_TS: Tensor, visible_T: Tensor, topk: int) -> Tensor:
     """Indices of the best ``topk`` of the first ``visible_T[t]`` entries; -1 where fewer exist.
 
+    Ranked by the float32 score; among equals the earlier entry wins, so that the choice does not
+    depend on how many later entries a chunk happens to hold (relu makes exact zeros common).
+
     Returns:
         int64 [T, min(topk, S)], order unspecified.
     """
     num_entries = scores_TS.shape[-1]
     arange = torch.arange(num_entries, device=scores_TS.device)
-    masked = scores_TS.masked_fill(arange >= visible_T.unsqueeze(-1), -torch.inf)
-    best = masked.topk(min(topk, num_entries), dim=-1)
-    return best.indices.masked_fill(best.values == -torch.inf, -1)
+    # One sortable integer per entry: the score's bits (order-preserving), then the reversed index.
+    bits = (scores_TS.float() + 0.0).view(torch.int32).long()  # + 0.0 turns -0 into 0
+    ordered = torch.where(bits < 0, -(2**31) - bits - 1, bits)
+    keys = ordered * 2**32 + (num_entries - 1 - arange)
+    hidden = arange >= visible_T.unsqueeze(-1)
+    best = keys.masked_fill(hidden, torch.iinfo(torch.int64).min).topk(
+        min(topk, num_entries), dim=-1
+    )
+    return best.indices.masked_fill(hidden.gather(-1, best.indices), -1)
 
 
 def sparse_attention(

@@ -2,7 +2,8 @@
 
 ratio 0: sliding window only. ratio 4 (CSA): window + entries the indexer selects. Larger ratios
 (HCA): window + every finished entry. Report 2.3, eq. 9-27. One key/value vector per token serves
-all heads; outputs are rotated back so that positions are relative; the output projection is grouped.
+all heads; outputs are rotated back so that positions are relative; the output projection is
+grouped.
 """
 
 from __future__ import annotations

@@ -19,17 +19,46 @@ from rorqual.model.packed import PackedBatch, RouterStats
 from rorqual.model.rope import RotaryTable, Rotation
 from rorqual.model.state import LayerState
 
+EnterStreams = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+LeaveStreams = Callable[..., Tensor]
+
+
+def enter_streams(
+    streams_NMD: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_weight: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mixing coefficients, then the normalised read; returns (x [N, D], pre, post, comb)."""
+    mixing = reference.stream_mixing(
+        streams_NMD, fn, scale, base, iterations=iterations, eps=eps, norm_eps=norm_eps
+    )
+    u_ND = reference.read_streams(streams_NMD, mixing.pre_NM)
+    return reference.rms_norm(u_ND, norm_weight, norm_eps), *mixing
+
+
+def leave_streams(
+    out_ND: Tensor, streams_NMD: Tensor, pre_NM: Tensor, post_NM: Tensor, comb_NMM: Tensor
+) -> Tensor:
+    """Write a sub-layer's output back to the streams."""
+    return reference.write_streams(out_ND, streams_NMD, StreamMixing(pre_NM, post_NM, comb_NMM))
+
 
 class Block(nn.Module):
     """Streams in, streams out: [N, M, D]. Report 2.2 eq. 3-8 around each sub-layer."""
 
-    def __init__(
-        self, config: ModelConfig, ratio: int, rope: RotaryTable, *, hashed: bool
-    ) -> None:
+    def __init__(self, config: ModelConfig, ratio: int, rope: RotaryTable, *, hashed: bool) -> None:
         super().__init__()
         m, width = config.hc_mult, config.hc_mult * config.hidden_size
         rows = 2 * m + m * m
-        self.config = config
+        self._constants = (config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
+        # Instance attributes so that training can put compiled versions in their place.
+        self.enter_streams: EnterStreams = enter_streams
+        self.leave_streams: LeaveStreams = leave_streams
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, ratio, rope)
@@ -41,37 +70,23 @@ class Block(nn.Module):
         self.hc_ffn_base = nn.Parameter(torch.zeros(rows))
         self.hc_ffn_scale = nn.Parameter(torch.ones(3))
 
-    def _mixing(self, streams_NMD: Tensor, fn: Tensor, scale: Tensor, base: Tensor) -> StreamMixing:
-        return reference.stream_mixing(
-            streams_NMD,
-            fn,
-            scale,
-            base,
-            iterations=self.config.hc_sinkhorn_iters,
-            eps=self.config.hc_eps,
-            norm_eps=self.config.rms_norm_eps,
+    def _enter(self, streams_NMD: Tensor, kind: str) -> tuple[Tensor, StreamMixing]:
+        """Normalised input of a sub-layer, and how its output is to be written back."""
+        fn, scale, base = (getattr(self, f"hc_{kind}_{part}") for part in ("fn", "scale", "base"))
+        norm: RMSNorm = getattr(self, f"{kind}_norm")
+        x_ND, *mixing = self.enter_streams(
+            streams_NMD, fn, scale, base, norm.weight, *self._constants
         )
-
-    def _through_attention(
-        self, streams_NMD: Tensor, sublayer: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        mixing = self._mixing(streams_NMD, self.hc_attn_fn, self.hc_attn_scale, self.hc_attn_base)
-        inputs = self.attn_norm(reference.read_streams(streams_NMD, mixing.pre_NM))
-        return reference.write_streams(sublayer(inputs), streams_NMD, mixing)
-
-    def _through_experts(self, streams_NMD: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        mixing = self._mixing(streams_NMD, self.hc_ffn_fn, self.hc_ffn_scale, self.hc_ffn_base)
-        inputs = self.ffn_norm(reference.read_streams(streams_NMD, mixing.pre_NM))
-        return reference.write_streams(sublayer(inputs), streams_NMD, mixing)
+        return x_ND, StreamMixing(*mixing)
 
     def forward(
         self, streams_NMD: Tensor, tokens_N: Tensor, ragged: Ragged, states: Sequence[LayerState]
     ) -> Tensor:
         """Inference step; advances ``states``, one per sequence of the ragged batch."""
-        streams_NMD = self._through_attention(
-            streams_NMD, lambda x_ND: self.attn(x_ND, ragged, states)
-        )
-        return self._through_experts(streams_NMD, lambda x_ND: self.ffn(x_ND, tokens_N))
+        x_ND, mixing = self._enter(streams_NMD, "attn")
+        streams_NMD = self.leave_streams(self.attn(x_ND, ragged, states), streams_NMD, *mixing)
+        x_ND, mixing = self._enter(streams_NMD, "ffn")
+        return self.leave_streams(self.ffn(x_ND, tokens_N), streams_NMD, *mixing)
 
     def forward_packed(
         self,
@@ -85,23 +100,15 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RouterStats | None, Tensor | None]:
         """Training step over N = B * T packed tokens."""
         rows = batch.sample_BT.shape
-        loss: Tensor | None = None
-        stats: RouterStats | None = None
-
-        def attend(x_ND: Tensor) -> Tensor:
-            nonlocal loss
-            out_BTD, loss = self.attn.forward_packed(
-                x_ND.unflatten(0, rows), batch, layout, rotation, indexer_loss=indexer_loss
-            )
-            return out_BTD.flatten(0, 1)
-
-        def experts(x_ND: Tensor) -> Tensor:
-            nonlocal stats
-            out, stats = self.ffn.forward_packed(x_ND, tokens_N, batch.sample_BT.flatten() >= 0)
-            return out
-
-        streams_NMD = self._through_attention(streams_NMD, attend)
-        return self._through_experts(streams_NMD, experts), stats, loss
+        x_ND, mixing = self._enter(streams_NMD, "attn")
+        out_BTD, loss = self.attn.forward_packed(
+            x_ND.unflatten(0, rows), batch, layout, rotation, indexer_loss=indexer_loss
+        )
+        streams_NMD = self.leave_streams(out_BTD.flatten(0, 1), streams_NMD, *mixing)
+        x_ND, mixing = self._enter(streams_NMD, "ffn")
+        real_N = batch.sample_BT.flatten() >= 0
+        out_ND, stats = self.ffn.forward_packed(x_ND, tokens_N, real_N)
+        return self.leave_streams(out_ND, streams_NMD, *mixing), stats, loss
 
 
 class MTPBlock(Block):

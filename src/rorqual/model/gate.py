@@ -35,7 +35,8 @@ class Gate(nn.Module):
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Weights [N, K] (float32), expert indices [N, K], affinities [N, E]."""
         x = reference.wide(x_ND)
-        scores_NE = reference.affinity(nn.functional.linear(x, self.weight.to(x.dtype)))
+        with torch.autocast(x.device.type, enabled=False):  # routing is decided in float32
+            scores_NE = reference.affinity(nn.functional.linear(x, self.weight.to(x.dtype)))
         if self.hashed:
             index_NK = self.tid2eid[tokens_N].long()
         else:

@@ -24,6 +24,7 @@ import torch
 
 from rorqual.errors import ConfigError
 from rorqual.model.config import ModelConfig, is_overlapping
+from rorqual.model.linear import FP4_BLOCK, FP8_TILE, WeightFormat
 
 Role = Literal[
     "embedding",
@@ -39,14 +40,6 @@ Role = Literal[
     "shared_expert",
     "mtp_projection",
 ]
-Format = Literal["fp4", "fp8", "plain"]
-
-FP8_TILE = 128
-"""Rows and columns of a weight that share one scale in FP8 linears."""
-FP4_BLOCK = 32
-"""Inputs of one row that share one scale in FP4 experts."""
-
-
 Layout = Literal["official", "transformers"]
 
 
@@ -118,13 +111,18 @@ def tensor_table(
     )
 
 
-def count_parameters(config: ModelConfig) -> ParameterCount:
+def count_parameters(
+    config: ModelConfig, table: Iterable[TensorSpec] | None = None
+) -> ParameterCount:
     """Total and active parameters of ``config``, MTP excluded, embedding and head included.
 
     total  = sum over the table
     active = total - routed * (1 - num_experts_per_tok / n_routed_experts)
+
+    Args:
+        table: ``tensor_table(config)`` where the caller already has it.
     """
-    main = [spec for spec in tensor_table(config) if not spec.is_mtp]
+    main = [spec for spec in table or tensor_table(config) if not spec.is_mtp]
     total = sum(spec.num_parameters for spec in main)
     routed = sum(spec.num_parameters for spec in main if spec.role == "routed_expert")
     used = routed // config.n_routed_experts * config.num_experts_per_tok
@@ -229,7 +227,7 @@ class _Table:
         yield self._fp32(at + "hc_head_scale", (1,), "hyper_connection")
 
     def _linear(
-        self, name: str, rows: int, columns: int, role: Role, fmt: Format
+        self, name: str, rows: int, columns: int, role: Role, fmt: WeightFormat
     ) -> Iterator[TensorSpec]:
         weight, size = name + ".weight", rows * columns
         if fmt == "plain":

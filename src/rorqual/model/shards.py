@@ -102,7 +102,7 @@ class ShardReader:
     def _open(self, file: str, listed: Mapping[str, str] | None) -> None:
         path = self.directory / file
         try:
-            handle = safe_open(path, framework="pt")
+            handle: Any = safe_open(path, framework="pt")
         except FileNotFoundError:
             names = [name for name, where in (listed or {}).items() if where == file]
             raise CheckpointError(

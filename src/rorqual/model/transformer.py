@@ -17,13 +17,21 @@ from torch import Tensor, nn
 from rorqual.kernels import reference
 from rorqual.kernels.packed import AttentionLayout
 from rorqual.model.attention import Ragged
-from rorqual.model.block import Block, MTPBlock
+from rorqual.model.block import Block, MTPBlock, enter_streams, leave_streams
 from rorqual.model.config import ModelConfig
 from rorqual.model.gate import Gate, balanced_table
 from rorqual.model.norm import RMSNorm
 from rorqual.model.packed import PackedBatch, PackedOutput, RouterStats
 from rorqual.model.rope import RotaryTable
 from rorqual.model.state import Segment, SequenceState
+
+
+class Vocabulary(nn.Module):
+    """One row per token id: the embedding, and the head (not tied)."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, width))
 
 
 class Transformer(nn.Module):
@@ -39,15 +47,13 @@ class Transformer(nn.Module):
         def rope(ratio: int) -> RotaryTable:
             return self.rope_compressing if ratio else self.rope_plain
 
-        self.embed = nn.Module()
-        self.embed.weight = nn.Parameter(torch.empty(config.vocab_size, width))
+        self.embed = Vocabulary(config.vocab_size, width)
         self.layers = nn.ModuleList(
             Block(config, ratio, rope(ratio), hashed=i < config.num_hash_layers)
             for i, ratio in enumerate(config.compress_ratios[:depth])
         )
         self.norm = RMSNorm(width, config.rms_norm_eps)
-        self.head = nn.Module()
-        self.head.weight = nn.Parameter(torch.empty(config.vocab_size, width))
+        self.head = Vocabulary(config.vocab_size, width)
         self.hc_head_fn = nn.Parameter(torch.zeros(m, m * width))
         self.hc_head_base = nn.Parameter(torch.zeros(m))
         self.hc_head_scale = nn.Parameter(torch.ones(1))
@@ -116,10 +122,7 @@ class Transformer(nn.Module):
             streams_NMD: what ``run`` returned; tokens_N: what it was given.
             next_tokens_N: the token that follows each of them.
         """
-        if not self.mtp:
-            raise ValueError("this model has no MTP block")
-        block = self.mtp[0]
-        assert isinstance(block, MTPBlock)
+        block = self._mtp_block()
         segments = list(segments)
         ragged = self._ragged(segments, tokens_N.device, consumed=True)
         mixed = block.combine(streams_NMD, self._lookup(next_tokens_N))
@@ -168,18 +171,29 @@ class Transformer(nn.Module):
         hidden = self.norm(self._merge(self, streams_NMD)).unflatten(0, rows)
         mtp_hidden = None
         if mtp and self.mtp:
-            block = self.mtp[0]
-            assert isinstance(block, MTPBlock)
+            ahead = self._mtp_block()
             next_N = batch.tokens_BT.roll(-1, dims=1).flatten()
-            mixed = step(block, block.combine(streams_NMD, self._lookup(next_N)), next_N)
-            mtp_hidden = block.norm(self._merge(block, mixed)).unflatten(0, rows)
+            mixed = step(ahead, ahead.combine(streams_NMD, self._lookup(next_N)), next_N)
+            mtp_hidden = ahead.norm(self._merge(ahead, mixed)).unflatten(0, rows)
         loss = torch.stack(losses).mean() if losses else None
         return PackedOutput(hidden, mtp_hidden, router, loss)
 
     def project(self, hidden_ND: Tensor) -> Tensor:
         """Logits, float32 [N, vocab]."""
         hidden = reference.wide(hidden_ND)
-        return nn.functional.linear(hidden, self.head.weight.to(hidden.dtype))
+        with torch.autocast(hidden.device.type, enabled=False):
+            return nn.functional.linear(hidden, self.head.weight.to(hidden.dtype))
+
+    def compile_for_training(self) -> None:
+        """Fuse the stream mixing with torch.compile: 3x less CPU time there (docs/LOG.md).
+
+        Needs a C++ compiler at run time on CPU; takes half a minute at the first step. Shapes
+        should stay fixed from step to step.
+        """
+        enter = torch.compile(enter_streams, dynamic=False)
+        leave = torch.compile(leave_streams, dynamic=False)
+        for block in (*self._blocks(self.layers), *self._blocks(self.mtp)):
+            block.enter_streams, block.leave_streams = enter, leave
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter for training from scratch, reproducibly.
@@ -223,6 +237,13 @@ class Transformer(nn.Module):
     @staticmethod
     def _blocks(modules: nn.ModuleList) -> list[Block]:
         return [block for block in modules if isinstance(block, Block)]
+
+    def _mtp_block(self) -> MTPBlock:
+        if not self.mtp:
+            raise ValueError("this model has no MTP block")
+        block = self.mtp[0]
+        assert isinstance(block, MTPBlock)
+        return block
 
     def _lookup(self, tokens_N: Tensor) -> Tensor:
         rows = nn.functional.embedding(tokens_N, self.embed.weight)

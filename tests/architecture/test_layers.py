@@ -1,0 +1,80 @@
+"""Imports point down: the layer table of the design, enforced on every module."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "rorqual"
+
+# What each package may import from its siblings. A missing row fails, so a new package must say.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "kernels": set(),
+    "model": {"errors", "kernels"},
+    "engine": {"errors", "kernels", "model"},
+    "protocol": {"errors"},
+    "server": {"errors", "engine", "protocol"},
+    "train": {"errors", "kernels", "model", "protocol"},
+    "testing": {"errors", "kernels", "model", "engine", "protocol"},
+    "bench": {"errors", "kernels", "model", "engine", "protocol", "testing"},
+    "cli": {"errors", "kernels", "model", "engine", "protocol", "server", "train", "bench"},
+}
+# Packages usable where torch is not installed. ``server`` takes an engine but makes none.
+WITHOUT_TORCH = {"errors", "protocol"}
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in SOURCE.rglob("*.py") if p.parent != SOURCE or p.stem == "errors")
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_names(path: Path) -> set[str]:
+    """Every module imported anywhere in the file, also inside functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down(path: Path) -> None:
+    package = package_of(path)
+    assert package in ALLOWED, f"{package} has no row in the layer table"
+    for name in imported_names(path):
+        parts = name.split(".")
+        if parts[0] == "rorqual" and len(parts) > 1:
+            target = parts[1]
+            if target in ("__version__",):
+                continue
+            assert target == package or target in ALLOWED[package], f"{package} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in modules() if package_of(p) in WITHOUT_TORCH], ids=lambda p: p.name
+)
+def test_protocol_needs_no_torch(path: Path) -> None:
+    assert not {n for n in imported_names(path) if n.split(".")[0] == "torch"}
+
+
+def test_environment_and_argv_are_read_in_the_command_line_only() -> None:
+    offenders = [
+        str(path.relative_to(SOURCE))
+        for path in modules()
+        if package_of(path) not in ("cli", "bench")
+        and any(
+            isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "argv")
+            for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        )
+    ]
+    assert offenders == []
