@@ -73,7 +73,8 @@ def hadamard(x: Tensor) -> Tensor:
         low, high = y[..., 0, :], y[..., 1, :]
         y = torch.stack((low + high, low - high), dim=-2).flatten(-3)
         step *= 2
-    return (y * width**-0.5).to(x.dtype)
+    out: Tensor = (y * width**-0.5).to(x.dtype)
+    return out
 
 
 # ---- quantised numerics -------------------------------------------------------------------------
