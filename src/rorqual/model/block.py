@@ -56,9 +56,8 @@ class Block(nn.Module):
         m, width = config.hc_mult, config.hc_mult * config.hidden_size
         rows = 2 * m + m * m
         self._constants = (config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
-        # Instance attributes so that training can put compiled versions in their place.
-        self.enter_streams: EnterStreams = enter_streams
-        self.leave_streams: LeaveStreams = leave_streams
+        self.compiled: tuple[EnterStreams, LeaveStreams] | None = None
+        """Faster equals of ``enter_streams`` and ``leave_streams``, used where gradients flow."""
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, ratio, rope)
@@ -74,19 +73,24 @@ class Block(nn.Module):
         """Normalised input of a sub-layer, and how its output is to be written back."""
         fn, scale, base = (getattr(self, f"hc_{kind}_{part}") for part in ("fn", "scale", "base"))
         norm: RMSNorm = getattr(self, f"{kind}_norm")
-        x_ND, *mixing = self.enter_streams(
-            streams_NMD, fn, scale, base, norm.weight, *self._constants
-        )
+        compiled = self.compiled if torch.is_grad_enabled() else None
+        enter = compiled[0] if compiled else enter_streams
+        x_ND, *mixing = enter(streams_NMD, fn, scale, base, norm.weight, *self._constants)
         return x_ND, StreamMixing(*mixing)
+
+    def _leave(self, out_ND: Tensor, streams_NMD: Tensor, mixing: StreamMixing) -> Tensor:
+        compiled = self.compiled if torch.is_grad_enabled() else None
+        leave = compiled[1] if compiled else leave_streams
+        return leave(out_ND, streams_NMD, *mixing)
 
     def forward(
         self, streams_NMD: Tensor, tokens_N: Tensor, ragged: Ragged, states: Sequence[LayerState]
     ) -> Tensor:
         """Inference step; advances ``states``, one per sequence of the ragged batch."""
         x_ND, mixing = self._enter(streams_NMD, "attn")
-        streams_NMD = self.leave_streams(self.attn(x_ND, ragged, states), streams_NMD, *mixing)
+        streams_NMD = self._leave(self.attn(x_ND, ragged, states), streams_NMD, mixing)
         x_ND, mixing = self._enter(streams_NMD, "ffn")
-        return self.leave_streams(self.ffn(x_ND, tokens_N), streams_NMD, *mixing)
+        return self._leave(self.ffn(x_ND, tokens_N), streams_NMD, mixing)
 
     def forward_packed(
         self,
@@ -104,11 +108,11 @@ class Block(nn.Module):
         out_BTD, loss = self.attn.forward_packed(
             x_ND.unflatten(0, rows), batch, layout, rotation, indexer_loss=indexer_loss
         )
-        streams_NMD = self.leave_streams(out_BTD.flatten(0, 1), streams_NMD, *mixing)
+        streams_NMD = self._leave(out_BTD.flatten(0, 1), streams_NMD, mixing)
         x_ND, mixing = self._enter(streams_NMD, "ffn")
         real_N = batch.sample_BT.flatten() >= 0
         out_ND, stats = self.ffn.forward_packed(x_ND, tokens_N, real_N)
-        return self.leave_streams(out_ND, streams_NMD, *mixing), stats, loss
+        return self._leave(out_ND, streams_NMD, mixing), stats, loss
 
 
 class MTPBlock(Block):

@@ -45,6 +45,7 @@ DTYPE_CODES: dict[str, torch.dtype] = {
 }
 _CODE_OF = {dtype: code for code, dtype in DTYPE_CODES.items()}
 _PARTIAL = ".partial"
+_CACHE_LINE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,11 @@ def write_shards(
 
 
 def _plan(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[list[StoredTensor]]:
-    """Consecutive tensors per shard; inside a shard wide dtypes first, so all stay aligned."""
+    """Consecutive tensors per shard, ordered inside it so that all of them lie aligned.
+
+    First those that fill whole cache lines, which therefore start on one, then the others, wide
+    dtypes first.
+    """
     if max_shard_bytes < 1:
         raise CheckpointError(f"max_shard_bytes must be >= 1, got {max_shard_bytes}")
     shards: list[list[StoredTensor]] = []
@@ -243,7 +248,11 @@ def _plan(tensors: Sequence[StoredTensor], max_shard_bytes: int) -> list[list[St
             filled = 0
         shards[-1].append(tensor)
         filled += tensor.nbytes
-    return [sorted(shard, key=lambda t: -t.dtype.itemsize) for shard in shards]
+
+    def order(tensor: StoredTensor) -> tuple[bool, int]:
+        return tensor.nbytes % _CACHE_LINE_BYTES != 0, -tensor.dtype.itemsize
+
+    return [sorted(shard, key=order) for shard in shards]
 
 
 def _write_file(
@@ -262,7 +271,7 @@ def _write_file(
         }
         offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _CACHE_LINE_BYTES)
     out.write(len(text).to_bytes(8, "little") + text)
     for tensor in tensors:
         written = 0

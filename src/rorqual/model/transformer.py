@@ -193,7 +193,7 @@ class Transformer(nn.Module):
         enter = torch.compile(enter_streams, dynamic=False)
         leave = torch.compile(leave_streams, dynamic=False)
         for block in (*self._blocks(self.layers), *self._blocks(self.mtp)):
-            block.enter_streams, block.leave_streams = enter, leave
+            block.compiled = (enter, leave)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Fill every parameter for training from scratch, reproducibly.
