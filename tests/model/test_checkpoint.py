@@ -125,14 +125,15 @@ def test_shards_stay_under_the_limit_and_the_index_covers_them(saved: Path) -> N
     assert index["metadata"]["total_size"] == sum(sizes.values())
 
 
-def test_every_stored_tensor_is_aligned_to_its_dtype(tmp_path: Path) -> None:
+def test_tensors_are_aligned_to_their_dtype_and_large_ones_to_cache_lines(tmp_path: Path) -> None:
     save_model(random_model(INSTRUCT), tmp_path)
     data = (tmp_path / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     for name, entry in json.loads(data[8 : 8 + length]).items():
         if name != "__metadata__":
+            start, end = (8 + length + offset for offset in entry["data_offsets"])
             width = {"F32": 4, "BF16": 2, "I64": 8}.get(entry["dtype"], 1)
-            assert (8 + length + entry["data_offsets"][0]) % width == 0, name
+            assert start % (width if (end - start) % 64 else 64) == 0, name
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
@@ -177,6 +178,13 @@ def test_numerics_can_be_overridden_when_loading(tmp_path: Path) -> None:
     rounded, exact = logits(load_model(tmp_path)), logits(plain)
     assert not torch.equal(rounded, exact)
     assert torch.nn.functional.cosine_similarity(rounded, exact, dim=-1).mean() > 0.8
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_released_config_names_no_numerics_and_runs_as_it_was_released(kind: str) -> None:
+    raw = FORMATS[kind].to_dict()
+    raw.pop("numerics")
+    assert ModelConfig.from_dict(raw) == FORMATS[kind]
 
 
 def test_progress_counts_every_byte_when_saving_and_loading(tmp_path: Path) -> None:

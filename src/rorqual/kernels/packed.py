@@ -1,9 +1,10 @@
-"""Differentiable attention over packed training rows, dense within what a query may see.
+"""Differentiable kernels for training over packed rows.
 
-Fast path of ``reference.sparse_attention`` for training: queries are processed in blocks of one
-window against the previous and own block of raw entries plus all compressed entries, one softmax
-with sink. Heads share keys, so they are folded into the rows of one large product.
-``tests/equivalence/test_packed.py`` holds it to the reference.
+Stream mixing in a form that torch.compile fuses (products of many 4 x 4 matrices are a loop of
+single products on a CPU), and attention that is dense within what a query may see: queries are
+processed in blocks of one window against the previous and own block of raw entries plus all
+compressed entries, one softmax with sink. Heads share keys, so they are folded into the rows of
+one large product. ``tests/equivalence/test_packed.py`` holds it to the reference.
 
 Shape suffixes as in ``reference``; B rows, T tokens per row, U query blocks per row, W window,
 L keys per block (2 W + S).
@@ -16,6 +17,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from rorqual.kernels import reference
+
+
+def enter_streams(
+    streams_NMD: Tensor,
+    fn: Tensor,
+    scale: Tensor,
+    base: Tensor,
+    norm_weight: Tensor,
+    iterations: int,
+    eps: float,
+    norm_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``reference.stream_mixing``, ``read_streams``, ``rms_norm``: (x, pre, post, comb)."""
+    mixing = reference.stream_mixing(
+        streams_NMD, fn, scale, base, iterations=iterations, eps=eps, norm_eps=norm_eps
+    )
+    u_ND = (mixing.pre_NM.unsqueeze(-1) * streams_NMD).sum(-2)
+    return reference.rms_norm(u_ND, norm_weight, norm_eps), *mixing
+
+
+def leave_streams(out_ND: Tensor, streams_NMD: Tensor, post_NM: Tensor, comb_NMM: Tensor) -> Tensor:
+    """``reference.write_streams`` without matrix products."""
+    f = reference.wide(out_ND)
+    new = [
+        post_NM[:, k : k + 1] * f + (comb_NMM[:, :, k].unsqueeze(-1) * streams_NMD).sum(-2)
+        for k in range(streams_NMD.shape[-2])
+    ]
+    return torch.stack(new, dim=-2)
 
 
 @dataclass(frozen=True)

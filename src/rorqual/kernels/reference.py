@@ -38,10 +38,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     The cast comes after the product with the weight, as in the official code.
     """
     y = wide(x)
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
-        y = y * wide(weight)
-    return y.to(x.dtype)
+        weight = weight.to(y.dtype)
+    return torch.nn.functional.rms_norm(y, (y.shape[-1],), weight, eps).to(x.dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
@@ -161,11 +160,12 @@ def sinkhorn(logits_NMM: Tensor, iterations: int, eps: float) -> Tensor:
     ``iterations`` column normalisations in all; the last operation is on columns, as in the
     official code (the report prints the other order).
     """
-    a = logits_NMM.softmax(-1) + eps
-    a = a / (a.sum(-2, keepdim=True) + eps)
+    small = logits_NMM.new_full((), eps)  # once: a Python number is wrapped anew by every add
+    a = logits_NMM.softmax(-1) + small
+    a = a / (a.sum(-2, keepdim=True) + small)
     for _ in range(iterations - 1):
-        a = a / (a.sum(-1, keepdim=True) + eps)
-        a = a / (a.sum(-2, keepdim=True) + eps)
+        a = a / (a.sum(-1, keepdim=True) + small)
+        a = a / (a.sum(-2, keepdim=True) + small)
     return a
 
 
@@ -202,17 +202,14 @@ def stream_mixing(
 
 def read_streams(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
     """u = sum_j pre_j X_j, in the dtype of the streams."""
-    return (pre_NM.unsqueeze(-1) * wide(streams_NMD)).sum(-2).to(streams_NMD.dtype)
+    return (pre_NM.unsqueeze(-2) @ wide(streams_NMD)).squeeze(-2).to(streams_NMD.dtype)
 
 
 def write_streams(output_ND: Tensor, streams_NMD: Tensor, mixing: StreamMixing) -> Tensor:
     """X'_k = post_k f + sum_j comb[j, k] X_j (the sum runs over the first index)."""
-    x, f = wide(streams_NMD), wide(output_ND)
-    new = [
-        mixing.post_NM[..., k : k + 1] * f + (mixing.comb_NMM[..., k].unsqueeze(-1) * x).sum(-2)
-        for k in range(x.shape[-2])
-    ]
-    return torch.stack(new, dim=-2).to(streams_NMD.dtype)
+    residual = mixing.comb_NMM.transpose(-1, -2) @ wide(streams_NMD)
+    new = mixing.post_NM.unsqueeze(-1) * wide(output_ND).unsqueeze(-2) + residual
+    return new.to(streams_NMD.dtype)
 
 
 def merge_streams(

@@ -173,6 +173,10 @@ class Attention(nn.Module):
             assert state.compressed is not None
             entries_SC = state.compressed.entries.view()
             assert entries_SC is not None
+            if num_tokens == 1:  # touch only what one query selected, however long the past
+                chosen = chosen_TK[0][chosen_TK[0] >= 0]
+                entries_SC = entries_SC[chosen]
+                chosen_TK = torch.arange(len(chosen), device=kv_TC.device).unsqueeze(0)
             shifted = torch.where(chosen_TK >= 0, chosen_TK + recent_SC.shape[0], -1)
             index_TK = torch.cat((index_TK, shifted), dim=-1)
             kv_SC = torch.cat((recent_SC, entries_SC))

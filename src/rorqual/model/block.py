@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels import reference
+from rorqual.kernels import packed, reference
 from rorqual.kernels.packed import AttentionLayout
 from rorqual.kernels.reference import StreamMixing
 from rorqual.model.attention import Attention, Ragged
@@ -23,31 +23,6 @@ EnterStreams = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 LeaveStreams = Callable[..., Tensor]
 
 
-def enter_streams(
-    streams_NMD: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    norm_weight: Tensor,
-    iterations: int,
-    eps: float,
-    norm_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mixing coefficients, then the normalised read; returns (x [N, D], pre, post, comb)."""
-    mixing = reference.stream_mixing(
-        streams_NMD, fn, scale, base, iterations=iterations, eps=eps, norm_eps=norm_eps
-    )
-    u_ND = reference.read_streams(streams_NMD, mixing.pre_NM)
-    return reference.rms_norm(u_ND, norm_weight, norm_eps), *mixing
-
-
-def leave_streams(
-    out_ND: Tensor, streams_NMD: Tensor, pre_NM: Tensor, post_NM: Tensor, comb_NMM: Tensor
-) -> Tensor:
-    """Write a sub-layer's output back to the streams."""
-    return reference.write_streams(out_ND, streams_NMD, StreamMixing(pre_NM, post_NM, comb_NMM))
-
-
 class Block(nn.Module):
     """Streams in, streams out: [N, M, D]. Report 2.2 eq. 3-8 around each sub-layer."""
 
@@ -57,7 +32,7 @@ class Block(nn.Module):
         rows = 2 * m + m * m
         self._constants = (config.hc_sinkhorn_iters, config.hc_eps, config.rms_norm_eps)
         self.compiled: tuple[EnterStreams, LeaveStreams] | None = None
-        """Faster equals of ``enter_streams`` and ``leave_streams``, used where gradients flow."""
+        """``packed.enter_streams`` and ``leave_streams``, compiled; used where gradients flow."""
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attn = Attention(config, ratio, rope)
@@ -69,28 +44,29 @@ class Block(nn.Module):
         self.hc_ffn_base = nn.Parameter(torch.zeros(rows))
         self.hc_ffn_scale = nn.Parameter(torch.ones(3))
 
+    def _connection(self, kind: str) -> tuple[Tensor, Tensor, Tensor, RMSNorm]:
+        """Hyper-connection weights and norm of the ``attn`` or ``ffn`` sub-layer."""
+        fn, scale, base = (getattr(self, f"hc_{kind}_{part}") for part in ("fn", "scale", "base"))
+        return fn, scale, base, getattr(self, f"{kind}_norm")
+
     def _enter(self, streams_NMD: Tensor, kind: str) -> tuple[Tensor, StreamMixing]:
         """Normalised input of a sub-layer, and how its output is to be written back."""
-        fn, scale, base = (getattr(self, f"hc_{kind}_{part}") for part in ("fn", "scale", "base"))
-        norm: RMSNorm = getattr(self, f"{kind}_norm")
-        compiled = self.compiled if torch.is_grad_enabled() else None
-        enter = compiled[0] if compiled else enter_streams
-        x_ND, *mixing = enter(streams_NMD, fn, scale, base, norm.weight, *self._constants)
-        return x_ND, StreamMixing(*mixing)
-
-    def _leave(self, out_ND: Tensor, streams_NMD: Tensor, mixing: StreamMixing) -> Tensor:
-        compiled = self.compiled if torch.is_grad_enabled() else None
-        leave = compiled[1] if compiled else leave_streams
-        return leave(out_ND, streams_NMD, *mixing)
+        fn, scale, base, norm = self._connection(kind)
+        iterations, eps, norm_eps = self._constants
+        mixing = reference.stream_mixing(
+            streams_NMD, fn, scale, base, iterations=iterations, eps=eps, norm_eps=norm_eps
+        )
+        return norm(reference.read_streams(streams_NMD, mixing.pre_NM)), mixing
 
     def forward(
         self, streams_NMD: Tensor, tokens_N: Tensor, ragged: Ragged, states: Sequence[LayerState]
     ) -> Tensor:
         """Inference step; advances ``states``, one per sequence of the ragged batch."""
         x_ND, mixing = self._enter(streams_NMD, "attn")
-        streams_NMD = self._leave(self.attn(x_ND, ragged, states), streams_NMD, mixing)
+        out_ND = self.attn(x_ND, ragged, states)
+        streams_NMD = reference.write_streams(out_ND, streams_NMD, mixing)
         x_ND, mixing = self._enter(streams_NMD, "ffn")
-        return self._leave(self.ffn(x_ND, tokens_N), streams_NMD, mixing)
+        return reference.write_streams(self.ffn(x_ND, tokens_N), streams_NMD, mixing)
 
     def forward_packed(
         self,
@@ -104,15 +80,20 @@ class Block(nn.Module):
     ) -> tuple[Tensor, RouterStats | None, Tensor | None]:
         """Training step over N = B * T packed tokens."""
         rows = batch.sample_BT.shape
-        x_ND, mixing = self._enter(streams_NMD, "attn")
+        enter, leave = packed.enter_streams, packed.leave_streams
+        if self.compiled and torch.is_grad_enabled():  # evaluation comes in shapes of its own
+            enter, leave = self.compiled
+        fn, scale, base, norm = self._connection("attn")
+        x_ND, _, post, comb = enter(streams_NMD, fn, scale, base, norm.weight, *self._constants)
         out_BTD, loss = self.attn.forward_packed(
             x_ND.unflatten(0, rows), batch, layout, rotation, indexer_loss=indexer_loss
         )
-        streams_NMD = self._leave(out_BTD.flatten(0, 1), streams_NMD, mixing)
-        x_ND, mixing = self._enter(streams_NMD, "ffn")
+        streams_NMD = leave(out_BTD.flatten(0, 1), streams_NMD, post, comb)
+        fn, scale, base, norm = self._connection("ffn")
+        x_ND, _, post, comb = enter(streams_NMD, fn, scale, base, norm.weight, *self._constants)
         real_N = batch.sample_BT.flatten() >= 0
         out_ND, stats = self.ffn.forward_packed(x_ND, tokens_N, real_N)
-        return self._leave(out_ND, streams_NMD, mixing), stats, loss
+        return leave(out_ND, streams_NMD, post, comb), stats, loss
 
 
 class MTPBlock(Block):

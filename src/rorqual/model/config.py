@@ -169,6 +169,8 @@ class ModelConfig:
         fields: dict[str, Any] = {"linear_dtype": "fp8" if quant else "plain"}
         if "expert_dtype" not in raw:
             fields["expert_dtype"] = "fp8" if quant else "plain"
+        if "numerics" not in raw:  # our own key: released files do not have it
+            fields["numerics"] = "official" if quant else "plain"
         scaling = raw.pop("rope_scaling", None)
         if scaling is not None:
             fields["rope_scaling"] = _rope_scaling(scaling)

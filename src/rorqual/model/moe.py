@@ -68,18 +68,18 @@ class MoE(nn.Module):
     def _mix(self, x_ND: Tensor, weight_NK: Tensor, index_NK: Tensor) -> Tensor:
         """Group tokens by expert, run each expert once, add up in float32."""
         topk = index_NK.shape[-1]
-        flat = index_NK.flatten()
-        order = flat.argsort(stable=True)
+        expert_of, order = index_NK.flatten().sort(stable=True)
         token = order // topk
         weight = weight_NK.flatten()[order].unsqueeze(-1)
-        counts = torch.bincount(flat, minlength=len(self.experts)).tolist()
+        numbers = torch.arange(len(self.experts), device=expert_of.device)
+        ends = torch.searchsorted(expert_of, numbers, right=True).tolist()
         grouped = x_ND.index_select(0, token)
         outputs, start = [], 0
-        for expert, count in zip(self.experts, counts, strict=True):
-            if count:
-                here = slice(start, start + count)
+        for expert, end in zip(self.experts, ends, strict=True):
+            if end > start:
+                here = slice(start, end)
                 outputs.append(reference.wide(expert(grouped[here], weight[here])))
-                start += count
+                start = end
         routed = torch.cat(outputs)
         total = routed.new_zeros(x_ND.shape).index_add(0, token, routed)
         return (total + reference.wide(self.shared_experts(x_ND))).to(x_ND.dtype)

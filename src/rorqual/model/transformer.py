@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels import reference
+from rorqual.kernels import packed, reference
 from rorqual.kernels.packed import AttentionLayout
 from rorqual.model.attention import Ragged
-from rorqual.model.block import Block, MTPBlock, enter_streams, leave_streams
+from rorqual.model.block import Block, MTPBlock
 from rorqual.model.config import ModelConfig
 from rorqual.model.gate import Gate, balanced_table
 from rorqual.model.norm import RMSNorm
@@ -190,8 +190,8 @@ class Transformer(nn.Module):
         Needs a C++ compiler at run time on CPU; takes half a minute at the first step. Shapes
         should stay fixed from step to step.
         """
-        enter = torch.compile(enter_streams, dynamic=False)
-        leave = torch.compile(leave_streams, dynamic=False)
+        enter = torch.compile(packed.enter_streams, dynamic=False)
+        leave = torch.compile(packed.leave_streams, dynamic=False)
         for block in (*self._blocks(self.layers), *self._blocks(self.mtp)):
             block.compiled = (enter, leave)
 
