@@ -109,6 +109,11 @@ class ScriptedEngine:
         threading.Thread(target=self._answer, args=(request, handle), daemon=True).start()
         return handle
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether requests are refused."""
+        return self._is_closed
+
     def stats(self) -> ScriptedLoad:
         """Requests being answered; none ever waits."""
         with self._changed:
@@ -162,7 +167,6 @@ class ScriptedEngine:
         if len(ids) >= request.sampling.max_tokens:
             ids, reason = ids[: request.sampling.max_tokens], "length"
         sent = 0
-        usage: Usage | None = self._usage(request, script, 0)  # known once the prompt is read
         while sent < len(ids):
             if script.hold_after is not None and sent >= script.hold_after:
                 while not (script.release.wait(0.005) or handle.cancelled.is_set()):
@@ -171,9 +175,9 @@ class ScriptedEngine:
                 reason = "cancelled"
                 break
             part = tuple(ids[sent : sent + script.tokens_per_output])
+            usage = None if sent else self._usage(request, script, len(part))
             sent += len(part)
             yield TokenOutput(token_ids=part, logprobs=_logprobs(request, part), usage=usage)
-            usage = None
         yield TokenOutput(
             finish_reason=reason, usage=self._usage(request, script, sent), error=script.error
         )
