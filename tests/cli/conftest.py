@@ -8,38 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from scripted_sessions import ScriptedSession, scripted_session
+from scripted_sessions import CARD, CONFIG, ScriptedSession, scripted_session
 
 from rorqual.model.checkpoint import save_model
-from rorqual.model.config import TINY
 from rorqual.model.transformer import Transformer
-from rorqual.protocol.modes import ModelCard, SamplingDefaults
 from rorqual.protocol.tokenizer import Tokenizer
+from rorqual.testing.weights import random_state
 
 TOKENIZER_DIR = Path(__file__).parents[2] / "models" / "nano-flash"
-CONFIG = TINY.replace(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    head_dim=16,
-    qk_rope_head_dim=8,
-    q_lora_rank=16,
-    o_lora_rank=8,
-    moe_intermediate_size=16,
-    n_routed_experts=4,
-    num_hash_layers=1,
-    compress_ratios=(0, 4, 0),
-    index_head_dim=16,
-)
-CARD = ModelCard(
-    name="tiny",
-    generation="preview",
-    context_length=2048,
-    default_mode="non-think",
-    default_max_tokens=600,
-    sampling=SamplingDefaults(temperature=0.0),
-)
 
 
 @pytest.fixture(scope="session")
@@ -48,11 +24,15 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with random weights that loads in milliseconds."""
+def model_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """A checkpoint that loads in milliseconds: random, but its likeliest tokens are letters."""
     path = tmp_path_factory.mktemp("models") / "tiny"
+    state = random_state(CONFIG, seed=0)
+    for token in range(CONFIG.vocab_size):
+        if not tokenizer.token_bytes(token).isalpha():
+            state["head.weight"][token] = 0.0
     model = Transformer(CONFIG)
-    model.init_weights(torch.Generator().manual_seed(0))
+    model.load_state_dict(state)
     save_model(model, path)
     shutil.copy(TOKENIZER_DIR / "tokenizer.json", path)
     card = {

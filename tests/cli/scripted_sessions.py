@@ -1,4 +1,4 @@
-"""Sessions around a model that recites what a test wants it to say."""
+"""A tiny model's config and card, and sessions whose model recites what a test wants it to say."""
 
 from __future__ import annotations
 
@@ -9,10 +9,33 @@ from contextlib import AbstractContextManager, contextmanager
 from rorqual.cli.session import Session
 from rorqual.engine.engine import Engine
 from rorqual.model.config import TINY
-from rorqual.protocol.modes import ModelCard
+from rorqual.protocol.modes import ModelCard, SamplingDefaults
 from rorqual.protocol.render import Renderer
 from rorqual.protocol.tokenizer import Tokenizer
 from rorqual.testing.fake_model import ScriptedModel
+
+CONFIG = TINY.replace(
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    head_dim=16,
+    qk_rope_head_dim=8,
+    q_lora_rank=16,
+    o_lora_rank=8,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    num_hash_layers=1,
+    compress_ratios=(0, 4, 0),
+    index_head_dim=16,
+)
+CARD = ModelCard(
+    name="tiny",
+    generation="preview",
+    context_length=2048,
+    default_mode="non-think",
+    default_max_tokens=600,
+    sampling=SamplingDefaults(temperature=0.0),
+)
 
 ScriptedSession = Callable[[Sequence[str]], AbstractContextManager[Session]]
 
@@ -52,7 +75,6 @@ def scripted_session(
             tokenizer=tokenizer,
             renderer=Renderer(card, tokenizer),
             engine=engine,
-            context_tokens=card.context_length,
         )
     finally:
         engine.close(drain=False)

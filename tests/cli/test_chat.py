@@ -225,7 +225,7 @@ def test_chat_runs_from_a_pipe_on_a_real_checkpoint(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/exit\n"))
-    assert main(["chat", "--model", str(model_dir), "--threads", "1", "--max-tokens", "4"]) == 0
+    assert main(["chat", str(model_dir), "--threads", "1", "--max-tokens", "4"]) == 0
     out, err = capsys.readouterr()
     assert len(out.strip()) > 0
     assert err == ""

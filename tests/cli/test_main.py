@@ -6,6 +6,7 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -84,8 +85,9 @@ def test_interrupt_exits_with_130(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_modes_offered_are_the_protocols() -> None:
+def test_modes_and_generations_offered_are_the_protocols() -> None:
     assert options.MODES == modes.MODES
+    assert get_args(modes.Generation) == options.GENERATIONS
 
 
 def test_every_command_has_a_run_function() -> None:

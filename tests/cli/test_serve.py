@@ -16,7 +16,7 @@ from rorqual.cli.main import main
 
 
 def test_serve_announces_answers_and_stops_on_interrupt(model_dir: Path) -> None:
-    argv = ["serve", "--model", str(model_dir), "--port", "0", "--threads", "1"]
+    argv = ["serve", str(model_dir), "--port", "0", "--threads", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "rorqual.cli.main", *argv],
         stdout=subprocess.PIPE,
@@ -46,6 +46,7 @@ def test_serve_announces_answers_and_stops_on_interrupt(model_dir: Path) -> None
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
         assert "Traceback" not in err
+        assert err.count("tiny runs on ") == 1
         assert process.returncode == 0
     finally:
         process.kill()
@@ -55,6 +56,6 @@ def test_serve_announces_answers_and_stops_on_interrupt(model_dir: Path) -> None
 def test_impossible_limits_are_explained(
     model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ["serve", "--model", str(model_dir), "--max-batch", "8", "--step-tokens", "8"]
+    argv = ["serve", str(model_dir), "--max-batch", "8", "--step-tokens", "8"]
     assert main(argv) == 1
     assert "max_step_tokens must be > max_running 8" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rorqual.engine.engine import Engine, EngineConfig
 from rorqual.engine.handle import Handle
-from rorqual.engine.request import Request, SamplingParams, TokenOutput
+from rorqual.engine.request import Request, SamplingParams, TokenOutput, Usage
 from rorqual.engine.scheduler import SchedulerLimits
 from rorqual.errors import (
     EngineClosedError,
@@ -22,6 +22,7 @@ from rorqual.errors import (
     RequestError,
 )
 from rorqual.model.config import TINY
+from rorqual.model.state import Segment
 from rorqual.testing.fake_model import FakeModel, FakeState
 
 TIMEOUT_S = 30.0
@@ -113,15 +114,32 @@ def test_prompt_chunks_and_decodes_share_steps_within_the_budget() -> None:
     assert any(len(step) == 3 for step in model.batches)
 
 
-def test_iteration_streams_one_token_at_a_time_and_ends_with_usage() -> None:
+def test_iteration_streams_one_token_at_a_time_with_usage_on_the_first_and_last() -> None:
     with Engine(FakeModel(), SMALL) as engine:
         handle = engine.submit(request([5, 6, 7]))
         outputs = list(handle)
     assert [o.token_ids for o in outputs] == [(t,) for t in greedy([5, 6, 7], 6)]
     assert [o.finish_reason for o in outputs] == [None] * 5 + ["length"]
-    assert outputs[-1].usage is not None
-    assert all(o.usage is None for o in outputs[:-1])
+    assert outputs[0].usage == Usage(prompt_tokens=3, cached_tokens=0, completion_tokens=1)
+    assert outputs[-1].usage == Usage(prompt_tokens=3, cached_tokens=0, completion_tokens=6)
+    assert all(o.usage is None for o in outputs[1:-1])
     assert list(handle) == outputs, "a handle can be read again"
+
+
+class _CachedPrefix(FakeModel):
+    """Hands out states that have read token 5, as a prefix cache would."""
+
+    def new_state(self) -> FakeState:
+        state = FakeState()
+        state.push(5)
+        return state
+
+
+def test_cache_hits_are_known_from_the_first_output() -> None:
+    with Engine(_CachedPrefix(), SMALL) as engine:
+        first = next(iter(engine.submit(request([5, 6, 7]))))
+    assert first.usage == Usage(prompt_tokens=3, cached_tokens=1, completion_tokens=1)
+    assert first.token_ids == greedy([5, 6, 7], 1)
 
 
 def test_callback_gets_every_output_on_the_engines_thread() -> None:
@@ -272,15 +290,22 @@ def test_full_queue_refuses_and_recovers(held: Engine, turnstile: Turnstile) -> 
     assert held.submit(request([1])).result(TIMEOUT_S).finish_reason == "length"
 
 
-def test_failing_model_fails_its_batch_and_the_engine_goes_on() -> None:
-    poison = 666
+POISON = 666
 
-    def explode(tokens: list[int]) -> None:
-        if poison in tokens:
+
+class _Exploding(FakeModel):
+    """Fails on batches that hold ``POISON``, after it has advanced all their states."""
+
+    def __call__(self, tokens_N: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        logits = super().__call__(tokens_N, segments)
+        if POISON in tokens_N.tolist():
             raise RuntimeError("kernel exploded")
+        return logits
 
-    with Engine(FakeModel(before_forward=explode), SMALL) as engine:
-        bad = engine.submit(request([1, poison])).result(TIMEOUT_S)
+
+def test_failing_model_fails_its_request_and_the_engine_goes_on() -> None:
+    with Engine(_Exploding(), SMALL) as engine:
+        bad = engine.submit(request([1, POISON])).result(TIMEOUT_S)
         good = engine.submit(request([1, 2])).result(TIMEOUT_S)
         stats = engine.stats()
     assert bad.finish_reason == "error"
@@ -289,6 +314,49 @@ def test_failing_model_fails_its_batch_and_the_engine_goes_on() -> None:
     assert good.token_ids == greedy([1, 2], 6)
     assert stats.finished == {"error": 1, "length": 1}
     assert stats.cache_bytes == 0
+
+
+def test_a_request_that_breaks_the_model_takes_no_other_with_it() -> None:
+    sampled = SamplingParams(max_tokens=12, temperature=1.0, frequency_penalty=0.5, seed=3)
+    prompts: list[list[int]] = [[1, 2], [3, 4, 5] * 9]  # one decodes, one is half read
+    with Engine(_Exploding(), SMALL) as engine:
+        alone = [engine.submit(request(p, sampled)).result(TIMEOUT_S) for p in prompts]
+    turnstile = Turnstile()
+    with Engine(_Exploding(before_forward=turnstile), SMALL) as engine:
+        handles = [engine.submit(request(prompts[0], sampled))]
+        turnstile.reached()
+        turnstile.admit(2)
+        for _ in range(2):
+            turnstile.reached()
+        handles.append(engine.submit(request(prompts[1], sampled)))
+        bad = engine.submit(request([*range(20), POISON]))
+        turnstile.admit(10_000)
+        results = [handle.result(TIMEOUT_S) for handle in handles]
+        assert bad.result(TIMEOUT_S).error == "RuntimeError: kernel exploded"
+        stats = engine.stats()
+    assert stats.prompt_tokens > 2 + 27 + 21, "they shared a step with it, and were read again"
+    assert [r.token_ids for r in results] == [r.token_ids for r in alone]
+    assert [r.usage for r in results] == [r.usage for r in alone]
+    assert stats.finished == {"error": 1, "length": 2}
+    assert (stats.cache_bytes, stats.num_running) == (0, 0)
+
+
+class _NoCompany(FakeModel):
+    """Fails on every batch of more than one sequence."""
+
+    def __call__(self, tokens_N: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
+        if len(segments) > 1:
+            raise MemoryError("too much at once")
+        return super().__call__(tokens_N, segments)
+
+
+def test_a_model_that_fails_again_and_again_ends_its_requests() -> None:
+    with Engine(_NoCompany(), SMALL) as engine:
+        handles = [engine.submit(request([i], GREEDY.replace(max_tokens=200))) for i in range(2)]
+        results = [handle.result(TIMEOUT_S) for handle in handles]
+        steps = engine.stats().num_steps
+    assert "error" in {result.finish_reason for result in results}
+    assert steps < 1000
 
 
 class _BrokenLogits(FakeModel):
@@ -330,6 +398,20 @@ def test_closing_drains_by_default() -> None:
     with pytest.raises(EngineClosedError):
         engine.submit(request([1]))
     engine.close()  # a second time is harmless
+
+
+def test_closed_from_the_moment_requests_are_refused() -> None:
+    turnstile = Turnstile()
+    engine = Engine(FakeModel(before_forward=turnstile), SMALL)
+    handle = engine.submit(request([1]))
+    turnstile.reached()
+    assert not engine.is_closed
+    with pytest.raises(TimeoutError):
+        engine.close(timeout_s=0.01)
+    assert engine.is_closed, "still finishing the request, but closed to others"
+    turnstile.admit(100)
+    engine.close(timeout_s=TIMEOUT_S)
+    assert handle.result(0).finish_reason == "length"
 
 
 def test_closing_without_drain_cancels_running_and_waiting() -> None:

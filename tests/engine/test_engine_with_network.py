@@ -139,3 +139,23 @@ def test_a_forward_that_raises_fails_its_requests_and_serving_goes_on(
         served = engine.submit(ask(ids, params)).result(TIMEOUT_S)
     assert (failed.finish_reason, failed.error) == ("error", "RuntimeError: out of memory")
     assert served.token_ids == greedy(network, ids, 4)
+
+
+def test_a_step_that_fails_half_way_changes_no_answer(network: Transformer) -> None:
+    """Layers before the failing one have already advanced their part of each state."""
+    params = SamplingParams(max_tokens=30, temperature=0.0)
+    cases = [prompt(40, 5), prompt(21, 6), prompt(70, 7)]
+    crowds: list[int] = []
+
+    def explode_once(_: object, inputs: tuple[object, object, object, Sequence[object]]) -> None:
+        crowds.append(len(inputs[3]))
+        if crowds[-1] == 3 and crowds.count(3) == 9:
+            raise RuntimeError("a passing fault")
+
+    hook = network.layers[2].register_forward_pre_hook(explode_once)
+    with Engine(network) as engine:
+        handles = [engine.submit(ask(ids, params)) for ids in cases]
+        results = [handle.result(TIMEOUT_S) for handle in handles]
+    hook.remove()
+    assert crowds.count(3) > 9, "it went on after the fault, all together again"
+    assert [r.token_ids for r in results] == [greedy(network, ids, 30) for ids in cases]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from protocol_samples import BODY, OFF, TOKENIZER, TOOL, renderer_with
 
-from rorqual.protocol.parse import Answer, Event
+from rorqual.protocol.parse import Answer, Event, Protocol
 from rorqual.protocol.render import RenderedRequest
 
 PIECES = st.lists(
@@ -117,10 +117,25 @@ def test_tags_written_as_ordinary_text_do_not_act() -> None:
     assert choice["message"]["content"].count("DSML") == 4
 
 
-def test_unfinished_character_at_the_length_limit_is_dropped() -> None:
+def test_unfinished_character_at_the_length_limit_is_dropped_but_counted() -> None:
     ids = TOKENIZER.encode_plain("x🐋")
     choice = run(request_for(**OFF), [ids[:-1]], "length")
     assert choice["message"]["content"] == "x"
+    assert choice["usage"]["completion_tokens"] == len(ids) - 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(PIECES, BROKEN, st.sampled_from(["chat", "messages", "responses"]))
+def test_every_token_is_counted_wherever_the_answer_ends(
+    pieces: list[str], broken: list[int], protocol: Protocol
+) -> None:
+    ids = ids_of(pieces) + broken
+    answer = Answer(request_for(tools=[TOOL]), TOKENIZER, "id", streamed=False, protocol=protocol)
+    answer.start()
+    answer.push(ids)
+    answer.finish("length")
+    usage = json.loads(answer.whole(created=1))["usage"]
+    assert usage["completion_tokens" if protocol == "chat" else "output_tokens"] == len(ids)
 
 
 def test_usage_counts_prompt_cache_and_reasoning() -> None:

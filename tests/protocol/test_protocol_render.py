@@ -13,7 +13,7 @@ from protocol_samples import BODY, HI, OFF, TOKENIZER, TOOL, renderer_with
 
 from rorqual.errors import PromptTooLongError, RequestError, UnknownModelError
 from rorqual.protocol.modes import SamplingDefaults
-from rorqual.protocol.render import RenderedRequest
+from rorqual.protocol.render import RenderedRequest, Renderer
 from rorqual.protocol.tokenizer import Tokenizer
 
 
@@ -135,6 +135,19 @@ def test_prompt_that_fills_the_context_is_refused(repeats: int) -> None:
         renderer.render({**BODY, "messages": [{"role": "user", "content": "ab " * repeats}]})
     assert caught.value.param == "messages"
     assert caught.value.code == "context_length_exceeded"
+
+
+def test_context_is_the_lesser_of_card_and_engine() -> None:
+    card = renderer_with(context_length=100).card
+    assert Renderer(card, TOKENIZER).context_tokens == 100
+    assert Renderer(card, TOKENIZER, max_context_tokens=1000).context_tokens == 100
+    small = Renderer(card, TOKENIZER, max_context_tokens=50)
+    request = small.render(BODY)
+    assert request.sampling.max_tokens == 50 - len(request.prompt_ids)
+    with pytest.raises(PromptTooLongError, match="maximum context length is 50 tokens"):
+        small.render({**BODY, "max_tokens": 50})
+    with pytest.raises(PromptTooLongError, match="maximum context length is 50 tokens"):
+        small.render({**BODY, "messages": [{"role": "user", "content": "ab " * 60}]})
 
 
 def test_only_the_cards_names_are_served() -> None:

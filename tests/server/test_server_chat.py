@@ -106,6 +106,20 @@ def test_length_limit(tokenizer: Tokenizer, nano_card: ModelCard) -> None:
     assert body["usage"]["completion_tokens"] == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_usage_is_the_engines_count_wherever_the_answer_is_cut(
+    tokenizer: Tokenizer, nano_card: ModelCard, stream: bool
+) -> None:
+    text = "why 🐋</think>It is 🐋."
+    app = create_app(ScriptedEngine(tokenizer, text), tokenizer, nano_card)
+    total = len(tokenizer.encode_plain("why 🐋")) + 1 + len(tokenizer.encode_plain("It is 🐋."))
+    for limit in range(1, total + 1):
+        response = post(app, max_tokens=limit, stream=stream, **THINK)
+        answer = sse_data(response.text)[-2] if stream else response.json()
+        assert answer["usage"]["completion_tokens"] == limit
+        assert answer["choices"][0]["finish_reason"] == "length"
+
+
 def test_logprobs_in_openais_shape(tokenizer: Tokenizer, nano_card: ModelCard) -> None:
     app = create_app(ScriptedEngine(tokenizer, "ab 🐋"), tokenizer, nano_card)
     content = post(app, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
@@ -238,6 +252,31 @@ def test_overloaded_and_closed_engines(tokenizer: Tokenizer, nano_card: ModelCar
     response = post(app)
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_closed"
+
+
+def test_health_of_a_closed_engine(tokenizer: Tokenizer, nano_card: ModelCard) -> None:
+    engine = ScriptedEngine(tokenizer, "ok")
+    app = create_app(engine, tokenizer, nano_card)
+    assert call(app, "GET", "/health").json()["status"] == "ok"
+    engine.close()
+    response = call(app, "GET", "/health")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_closed"
+    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_context_is_the_lesser_of_card_and_engine(
+    tokenizer: Tokenizer, nano_card: ModelCard
+) -> None:
+    engine = ScriptedEngine(tokenizer, "ok", max_context_tokens=100)
+    app = create_app(engine, tokenizer, nano_card)
+    response = post(app, messages=[{"role": "user", "content": "x " * 100}])
+    assert response.status_code == 400
+    assert "maximum context length is 100 tokens" in response.json()["error"]["message"]
+    assert post(app).status_code == 200
+    prompt = len(engine.requests[0].prompt_ids)
+    assert engine.requests[0].sampling.max_tokens == 100 - prompt
+    assert call(app, "GET", "/v1/models/nano-flash").json()["context_length"] == 100
 
 
 def test_deepseeks_own_base_url_works_too(tokenizer: Tokenizer, nano_card: ModelCard) -> None:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from rorqual.cli.options import (
     MODES,
-    add_model_options,
+    add_loading_options,
+    add_model_argument,
     add_prompt_options,
+    loading_fields,
     read_text,
     read_tools,
     wire_fields,
@@ -44,8 +46,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=_COMMANDS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_model_argument(parser)
     parser.add_argument("--doc", type=Path, metavar="FILE", help="paste a document first")
-    add_model_options(parser)
+    add_loading_options(parser)
     add_prompt_options(parser)
     parser.set_defaults(run=run)
 
@@ -54,13 +57,13 @@ def run(args: argparse.Namespace) -> int:
     """Chat until the input ends; 1 if input was piped and a message failed."""
     with status("Starting"):
         from rorqual.cli.conversation import Conversation
-        from rorqual.cli.session import open_session
+        from rorqual.cli.loading import open_session
         from rorqual.cli.view import View
 
     tools = read_tools(args.tools) if args.tools else []
     document = read_text(args.doc) if args.doc else None
     view = View.for_terminal()
-    with open_session(args.model, threads=args.threads, context=args.context) as session:
+    with open_session(**loading_fields(args)) as session:
         conversation = Conversation(
             session,
             mode=args.mode or session.card.default_mode,
@@ -70,7 +73,10 @@ def run(args: argparse.Namespace) -> int:
         )
         if document is not None:
             conversation.attach(document)
-        view.note(f"{session.card.name}, mode {conversation.mode}. /help lists the commands.")
+        view.note(
+            f"{session.card.name} on {session.device}, mode {conversation.mode}. "
+            "/help lists the commands."
+        )
         return Chat(conversation, view).loop()
 
 

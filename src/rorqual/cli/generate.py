@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rorqual.cli.options import (
-    add_model_options,
+    add_loading_options,
+    add_model_option,
     add_prompt_options,
+    loading_fields,
     read_text,
     read_tools,
     wire_fields,
@@ -36,7 +38,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--json", action="store_true", help="print a Chat Completions object instead of text"
     )
-    add_model_options(parser)
+    add_model_option(parser)
+    add_loading_options(parser)
     add_prompt_options(parser)
     parser.set_defaults(run=run)
 
@@ -45,10 +48,10 @@ def run(args: argparse.Namespace) -> int:
     """Generate as ``args`` say; 0 once the answer is out."""
     body = request_body(args)
     with status("Starting"):
-        from rorqual.cli.session import open_session
+        from rorqual.cli.loading import open_session
         from rorqual.cli.view import printable
 
-    with open_session(args.model, threads=args.threads, context=args.context) as session:
+    with open_session(**loading_fields(args)) as session:
         if args.json:
             print(session.complete(body, int(time.time())))
             return 0

@@ -12,15 +12,30 @@ from rorqual.cli.models import DEFAULT_MODEL
 from rorqual.errors import ConfigError
 
 MODES = ("non-think", "think", "think-max")
-"""As in ``protocol.modes``, which is slow to import; a test keeps them equal."""
+GENERATIONS = ("preview", "ga", "v4.1")
+"""Both as in ``protocol.modes``, which is slow to import; a test keeps them equal."""
+DEVICES = ("auto", "cpu", "cuda")
+
+_MODEL_HELP = "checkpoint directory or built-in model name (default: %(default)s)"
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """``--model --threads --context``."""
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """The model as the command's first word."""
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=_MODEL_HELP)
+
+
+def add_model_option(parser: argparse.ArgumentParser) -> None:
+    """``--model``, where the first word is something else."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=_MODEL_HELP)
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """``--device --threads --context --generation``."""
     parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="checkpoint directory or built-in model name (default: %(default)s)",
+        "--device",
+        choices=DEVICES,
+        default="auto",
+        help="where the model runs (default: cuda if there is one, else cpu)",
     )
     parser.add_argument(
         "--threads", type=positive_int, help="CPU threads for the model (default: all cores)"
@@ -31,6 +46,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="limit prompt plus answer to this many tokens (default: what the model supports)",
     )
+    parser.add_argument(
+        "--generation",
+        choices=GENERATIONS,
+        help="which release's prompts the checkpoint knows: preview (April), ga (July and August) "
+        "or v4.1 (default: its card.json, which released checkpoints lack)",
+    )
+
+
+def loading_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """What the model and loading options say, as keyword arguments of ``open_session``."""
+    names = ("model", "device", "threads", "context", "generation")
+    return {name: getattr(args, name) for name in names}
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rorqual.cli.options import add_model_options, positive_int
+from rorqual.cli.options import (
+    add_loading_options,
+    add_model_argument,
+    loading_fields,
+    positive_int,
+)
 from rorqual.cli.progress import status
 
 
@@ -18,6 +23,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "command to try. There is no authentication: it listens on this machine only, unless "
         "--host says otherwise.",
     )
+    add_model_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
     parser.add_argument(
         "--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)"
@@ -44,22 +50,24 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="tokens per model step: larger reads prompts faster, smaller lets running answers "
         "wait less (default: %(default)s)",
     )
-    add_model_options(parser)
+    add_loading_options(parser)
+    parser.add_argument(
+        "--name", help="model name clients use (default: its card.json, else the directory's name)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted; 0 after an orderly shutdown."""
     with status("Starting"):
-        from rorqual.cli.session import open_session
+        from rorqual.cli.loading import open_session
         from rorqual.engine.scheduler import SchedulerLimits
         from rorqual.server.run import serve
 
     limits = SchedulerLimits(max_running=args.max_batch, max_step_tokens=args.step_tokens)
     with open_session(
-        args.model,
-        threads=args.threads,
-        context=args.context,
+        **loading_fields(args),
+        name=args.name,
         limits=limits,
         max_waiting=args.max_waiting,
     ) as session:
@@ -67,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
         def announce(text: str) -> None:
             print(text, flush=True)
 
+        print(f"{session.card.name} runs on {session.device}", file=sys.stderr)
         serve(
             session.engine,
             session.tokenizer,

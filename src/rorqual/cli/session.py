@@ -8,23 +8,15 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import msgspec
-
-from rorqual.cli.models import resolve_model
-from rorqual.cli.progress import byte_progress
-from rorqual.engine.engine import Engine, EngineConfig
+from rorqual.engine.engine import Engine
 from rorqual.engine.handle import Handle
 from rorqual.engine.request import Request, SamplingParams, TokenOutput
-from rorqual.engine.scheduler import SchedulerLimits
-from rorqual.errors import ConfigError, EngineError
-from rorqual.model.checkpoint import load_model
-from rorqual.protocol.modes import Generation, ModelCard
-from rorqual.protocol.parse import Answer, Event
+from rorqual.errors import EngineError
+from rorqual.protocol.modes import ModelCard
+from rorqual.protocol.parse import Answer, Event, TokenAlternatives
 from rorqual.protocol.render import RenderedRequest, Renderer
 from rorqual.protocol.tokenizer import Tokenizer
 
@@ -83,12 +75,8 @@ class Reply:
         Raises:
             EngineError: the model failed.
         """
-        yield from self._deltas(self._answer.start())
-        for output in self._handle:
-            yield from self._deltas(push_output(self._answer, output))
-            if self._answer.is_complete:
-                self._handle.cancel()
-                return
+        for events in answer_events(self._handle, self._answer):
+            yield from self._deltas(events)
 
     def cancel(self) -> None:
         """Stop generating and wait until the engine has freed the request."""
@@ -135,14 +123,20 @@ class Reply:
 
 @dataclass(kw_only=True)
 class Session:
-    """A loaded model. Made by ``open_session``."""
+    """A loaded model. Made by ``loading.open_session``."""
 
     card: ModelCard
     tokenizer: Tokenizer
     renderer: Renderer
     engine: Engine
-    context_tokens: int
+    device: str = "cpu"
+    """Where the model is."""
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt plus answer."""
+        return self.renderer.context_tokens
 
     def ask(self, body: Mapping[str, Any]) -> Reply:
         """Start generating the reply to a streaming Chat Completions body.
@@ -167,13 +161,8 @@ class Session:
         rendered = self.renderer.render({**body, "model": self.card.name, "stream": False})
         name = self._name()
         answer = Answer(rendered, self.tokenizer, name, streamed=False)
-        handle = self._submit(rendered, name)
-        answer.start()
-        for output in handle:
-            push_output(answer, output)
-            if answer.is_complete:
-                handle.cancel()
-                break
+        for _ in answer_events(self._submit(rendered, name), answer):
+            pass
         return answer.whole(created)
 
     def _submit(self, rendered: RenderedRequest, name: str) -> Handle:
@@ -186,85 +175,35 @@ class Session:
         return f"chatcmpl-local-{next(self._numbers)}"
 
 
-def push_output(answer: Answer, output: TokenOutput) -> list[Event]:
-    """Feed one engine output to ``answer``. Raises EngineError if the model failed."""
-    logprobs = None
-    if output.logprobs is not None:
-        logprobs = [(entry.logprob, entry.top) for entry in output.logprobs]
-    events = answer.push(output.token_ids, logprobs) if output.token_ids else []
-    match output.finish_reason:
-        case "stop" | "length" as reason:
-            events += answer.finish(reason)
-        case "error":
-            raise EngineError(f"the model failed: {output.error}")
-    return events
+def answer_events(handle: Handle, answer: Answer) -> Iterator[list[Event]]:
+    """Feed the engine's outputs to ``answer``; its events, in groups as they come.
+
+    Raises:
+        EngineError: the model failed.
+    """
+    for number, output in enumerate(handle):
+        events = []
+        if number == 0:
+            events += answer.start(output.usage.cached_tokens if output.usage else 0)
+        if output.token_ids:
+            events += answer.push(output.token_ids, _alternatives(output))
+        match output.finish_reason:
+            case "stop" | "length" as reason:
+                events += answer.finish(reason)
+            case "error":
+                raise EngineError(f"the model failed: {output.error}")
+        yield events
+        if answer.is_complete:
+            handle.cancel()
+            return
+
+
+def _alternatives(output: TokenOutput) -> list[TokenAlternatives] | None:
+    if output.logprobs is None:
+        return None
+    return [(entry.logprob, entry.top) for entry in output.logprobs]
 
 
 def sampling_params(rendered: RenderedRequest, tokenizer: Tokenizer) -> SamplingParams:
     """A rendered request's sampling in the engine's terms."""
     return SamplingParams(**asdict(rendered.sampling), stop_token_ids=(tokenizer.eos_id,))
-
-
-@contextmanager
-def open_session(
-    model: str,
-    *,
-    threads: int | None = None,
-    context: int | None = None,
-    limits: SchedulerLimits | None = None,
-    max_waiting: int = 256,
-) -> Iterator[Session]:
-    """Load ``model`` and run an engine on it for the length of the block.
-
-    Args:
-        threads: of the model, None for all cores. context: limit in tokens, None for the card's.
-        limits, max_waiting: as in ``EngineConfig``.
-
-    Raises:
-        ConfigError, CheckpointError: the model cannot be loaded.
-    """
-    path = resolve_model(model)
-    card = _card(path, context)
-    tokenizer = Tokenizer.from_dir(path)
-    with byte_progress(f"Loading {card.name}") as progress:
-        network = load_model(path, progress=progress)
-    if network.config.vocab_size != tokenizer.vocab_size:
-        raise ConfigError(
-            f"{path}: config.json has vocab_size {network.config.vocab_size}, tokenizer.json "
-            f"{tokenizer.vocab_size}"
-        )
-    config = EngineConfig(
-        limits=limits or SchedulerLimits(),
-        max_waiting=max_waiting,
-        max_context_tokens=card.context_length,
-        num_threads=threads,
-    )
-    engine = Engine(network, config)
-    try:
-        yield Session(
-            card=card,
-            tokenizer=tokenizer,
-            renderer=Renderer(card, tokenizer),
-            engine=engine,
-            context_tokens=engine.max_context_tokens,
-        )
-    finally:
-        engine.close(drain=False)
-
-
-def _card(path: Path, context: int | None) -> ModelCard:
-    """The model's card, with its context lowered to ``context`` tokens."""
-    if not (path / "card.json").is_file():
-        example = {"name": path.name, "generation": "ga", "context_length": 131_072}
-        raise ConfigError(
-            f"{path}: no card.json, which says how to prompt this checkpoint; write one such as "
-            f"{json.dumps(example)} (generation: {', '.join(get_args(Generation))})"
-        )
-    card = ModelCard.from_dir(path)
-    if context is None:
-        return card
-    if context > card.context_length:
-        raise ConfigError(
-            f"--context {context} exceeds the {card.context_length} tokens of {card.name}"
-        )
-    return msgspec.structs.replace(card, context_length=context)

@@ -41,6 +41,8 @@ from rorqual.errors import (
 _log = logging.getLogger(__name__)
 _WAIT_S = 60.0
 """Longest sleep of an idle engine before it looks around again."""
+_MAX_RESTARTS = 3
+"""Failed steps a request may have been in before it is given up, whoever was at fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,11 @@ class Engine:
     def max_context_tokens(self) -> int:
         """Longest prompt plus answer."""
         return self._max_context
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether requests are refused, because of ``close`` or because the engine broke down."""
+        return self._closing is not None
 
     def submit(self, request: Request) -> Handle:
         """Queue ``request``; returns at once.
@@ -220,8 +227,7 @@ class Engine:
                 self._commit(batch, forward(self._model, batch, self._config.device))
             except Exception as error:
                 _log.exception("step %d failed", self._num_steps)
-                for work in batch:
-                    self._finish(work.sequence, "error", error=_describe(error))
+                self._recover(batch, _describe(error))
             self._num_steps += 1
         self._deliver()
 
@@ -255,8 +261,24 @@ class Engine:
         key = next(self._keys)
         self._running[key] = RunningSequence(key, handle, state)
 
+    def _recover(self, batch: Sequence[Work], error: str) -> None:
+        """After a failed step: find who is at fault by letting each request go on alone.
+
+        The step may have advanced some states and not others, so all are made anew and read again.
+        A request that fails alone is at fault; so is one that was in too many failed steps.
+        """
+        for sequence, _ in batch:
+            if len(batch) == 1 or sequence.num_restarts >= _MAX_RESTARTS:
+                self._finish(sequence, "error", error=error)
+                continue
+            try:
+                sequence.restart(self._model.new_state())
+            except Exception as failure:
+                self._finish(sequence, "error", error=_describe(failure))
+
     def _schedule(self) -> list[Work]:
-        views = [sequence.view() for sequence in self._running.values()]
+        suspects = [sequence for sequence in self._running.values() if sequence.is_suspect]
+        views = [sequence.view() for sequence in suspects[:1] or self._running.values()]
         plan = schedule(views, self._config.limits)
         return [Work(self._running[item.key], item.num_tokens) for item in plan]
 
@@ -265,8 +287,8 @@ class Engine:
         ready: list[int] = []
         for i, (sequence, num_tokens) in enumerate(batch):
             sequence.last_step = self._num_steps
-            if not sequence.is_decoding:
-                self._totals.prompt_tokens += num_tokens
+            unread = max(0, len(sequence.prompt_ids) - sequence.num_fed)
+            self._totals.prompt_tokens += min(num_tokens, unread)
             sequence.num_fed += num_tokens
             if sequence.num_pending == 0:
                 ready.append(i)
@@ -284,6 +306,7 @@ class Engine:
     ) -> None:
         """Publish one drawn token, and end the sequence if that was its last."""
         sampling = sequence.handle.request.sampling
+        sequence.is_suspect = False
         if token is None:
             self._finish(sequence, "error", error="the model produced logits that are not finite")
             return
@@ -293,8 +316,12 @@ class Engine:
         sequence.row.record(token)
         sequence.output_ids.append(token)
         self._totals.completion_tokens += 1
-        output = TokenOutput(token_ids=(token,), logprobs=None if logprob is None else (logprob,))
         answer = len(sequence.output_ids)
+        output = TokenOutput(
+            token_ids=(token,),
+            logprobs=None if logprob is None else (logprob,),
+            usage=sequence.usage() if answer == 1 else None,
+        )
         if answer >= sampling.max_tokens or sequence.num_tokens >= self._max_context:
             self._finish(sequence, "length", output)
         else:

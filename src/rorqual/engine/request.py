@@ -91,7 +91,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Token counts of one finished request."""
+    """Token counts of one request, up to and including the output that carries them."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -111,7 +111,7 @@ class TokenOutput:
     """One per token when the request asked for them."""
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
-    """On the last output."""
+    """On the first output, since ``cached_tokens`` is known then, and on the last."""
     error: str | None = None
     """Why, when ``finish_reason`` is ``error``."""
 

@@ -24,6 +24,9 @@ class RunningSequence:
         self.num_cached = state.length
         self.num_fed = state.length
         self.last_step = -1
+        self.num_restarts = 0
+        self.is_suspect = False
+        """Was in a failed step, and has not drawn a token since."""
         self.row = SamplerRow(params=handle.request.sampling, prompt_ids=self.prompt_ids)
 
     @property
@@ -36,24 +39,27 @@ class RunningSequence:
         """Tokens the model has not seen."""
         return self.num_tokens - self.num_fed
 
-    @property
-    def is_decoding(self) -> bool:
-        """Whether the whole prompt has been fed."""
-        return self.num_fed >= len(self.prompt_ids)
+    def restart(self, state: SequenceState) -> None:
+        """Read everything again, prompt and answer so far, into a new ``state``."""
+        self.state = state
+        self.num_fed = state.length
+        self.num_restarts += 1
+        self.is_suspect = True
 
     def next_tokens(self, count: int) -> Sequence[int]:
-        """The next ``count`` tokens to feed; never straddles prompt and answer."""
-        if self.is_decoding:
-            at = self.num_fed - len(self.prompt_ids)
-            return self.output_ids[at : at + count]
-        return self.prompt_ids[self.num_fed : self.num_fed + count]
+        """The next ``count`` tokens to feed."""
+        begin, end, prompt = self.num_fed, self.num_fed + count, len(self.prompt_ids)
+        if end <= prompt:
+            return self.prompt_ids[begin:end]
+        answered = self.output_ids[max(begin - prompt, 0) : end - prompt]
+        return [*self.prompt_ids[begin:], *answered]
 
     def view(self) -> SequenceView:
         """What the scheduler may know."""
         return SequenceView(
             key=self.key,
             pending_tokens=self.num_pending,
-            is_decoding=self.is_decoding,
+            is_decoding=self.num_pending == 1 and self.num_fed >= len(self.prompt_ids),
             last_step=self.last_step,
         )
 

@@ -3,7 +3,7 @@
 Formats: plain floating point; FP8 e4m3 with one e8m0 scale per 128 x 128 tile; packed FP4 e2m1
 with one e8m0 scale per 32 inputs. Quantised weights stay packed and are expanded on use. In the
 ``official`` numerics the input of a quantised layer is rounded to FP8 per 128 inputs first, as the
-official GEMMs do (report 2.7 of the fact sheet in docs/design/numerics.md).
+official GEMMs do (docs/design/numerics.md).
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ sequences, so that a scheduler needs one entry point.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 
 from rorqual.kernels import packed, reference
 from rorqual.kernels.packed import AttentionLayout
+from rorqual.model import initial
 from rorqual.model.attention import Ragged
 from rorqual.model.block import Block, MTPBlock
 from rorqual.model.config import ModelConfig
-from rorqual.model.gate import Gate, balanced_table
 from rorqual.model.norm import RMSNorm
 from rorqual.model.packed import PackedBatch, PackedOutput, RouterStats
 from rorqual.model.rope import RotaryTable
@@ -196,42 +195,8 @@ class Transformer(nn.Module):
             block.compiled = (enter, leave)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Fill every parameter for training from scratch, reproducibly.
-
-        Matrices: normal with std 1/sqrt(inputs), halved where they write to the streams. Streams
-        start unequal in how they are read and written, or they would stay copies of one another.
-        Pooling biases start wide apart so that each channel of an entry first listens to one token.
-        """
-
-        def normal(tensor: Tensor, std: float, mean: float = 0.0) -> None:
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * std + mean)
-
-        m = self.config.hc_mult
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                leaf = name.rsplit(".", 1)[-1]
-                if name in ("embed.weight", "head.weight"):
-                    normal(parameter, self.config.initializer_range)
-                elif leaf == "ape":
-                    normal(parameter, 2.0)
-                elif leaf.startswith("hc_") and leaf.endswith("_fn"):
-                    normal(parameter, 0.5 / math.sqrt(parameter.shape[1]))
-                elif leaf == "hc_head_base":
-                    normal(parameter, 0.5, -math.log(m - 1.0) if m > 1 else 0.0)
-                elif leaf.endswith("_base"):
-                    normal(parameter, 0.5)
-                    parameter[:m] += -math.log(m - 1.0) if m > 1 else 0.0
-                    parameter[2 * m :] += 3.0 * torch.eye(m).flatten()
-                elif leaf.startswith("hc_"):
-                    parameter.fill_(1.0)
-                elif parameter.dim() == 2:
-                    writes = name.endswith(("wo_b.weight", "w2.weight"))
-                    normal(parameter, (0.5 if writes else 1.0) / math.sqrt(parameter.shape[1]))
-            for module in self.modules():
-                if isinstance(module, Gate) and module.hashed:
-                    vocab, topk = module.tid2eid.shape
-                    experts = module.weight.shape[0]
-                    module.tid2eid.copy_(balanced_table(vocab, experts, topk, generator))
+        """Fill every parameter for training from scratch, reproducibly; see ``initial.py``."""
+        initial.fill(self, generator)
 
     # ---- parts ---------------------------------------------------------------------------------
     @staticmethod

@@ -135,7 +135,7 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Model name on the wire."""
     generation: Generation
     context_length: int
-    """Tokens of prompt and answer together."""
+    """Tokens of prompt and answer together; an engine that takes fewer lowers it."""
     aliases: tuple[str, ...] = ()
     """Further names clients may use."""
     description: str = ""

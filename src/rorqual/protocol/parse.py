@@ -80,6 +80,9 @@ class Answer:
             request.conversation.parsing_options,
             tokenizer.stream_decoder,
         )
+        self._detokenize = tokenizer.token_bytes
+        self._tail = b""
+        self._num_held = 0
         self._chunks: list[Any] = []
         self._cached_tokens = 0
 
@@ -108,13 +111,17 @@ class Answer:
             entry = None if logprobs is None else [_finite(logprobs[index])]
             # One at a time: the processor holds back a whole chunk that ends inside a character.
             events += self._push(recipe.InferenceChunk.tokens([token], entry))
+            self._note_held(token)
         return events
 
     def finish(self, reason: Literal["stop", "length"]) -> list[Event]:
         """End the answer: the model stopped, or ``max_tokens`` was reached. Idempotent."""
+        events: list[Event] = []
+        if self._num_held:  # tokens of a character that was never completed: no text, but a count
+            events += self._push(recipe.InferenceChunk.text("", self._num_held))
         reasons = recipe.InferenceFinishReason
         end = reasons.Stop if reason == "stop" else reasons.Length
-        events = self._push(recipe.InferenceChunk.finish(end))
+        events += self._push(recipe.InferenceChunk.finish(end))
         return events + self._taken(self._processor.finish())
 
     def end_mark(self) -> Event | None:
@@ -137,6 +144,13 @@ class Answer:
         for chunk in self._chunks:
             response.accumulate(chunk)
         return str(response.to_json())
+
+    def _note_held(self, token: int) -> None:
+        """Count the tokens the processor holds back: those since text last ended in a character."""
+        # A character has at most 4 bytes, so its last 4 say whether the text so far is whole.
+        self._tail = (self._tail + self._detokenize(token))[-4:]
+        is_whole = not self._tail.decode("utf-8", "replace").endswith("\N{REPLACEMENT CHARACTER}")
+        self._num_held = 0 if is_whole else self._num_held + 1
 
     def _push(self, chunk: recipe.InferenceChunk) -> list[Event]:
         return [] if self.is_complete else self._taken(self._processor.push(chunk))

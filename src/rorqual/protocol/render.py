@@ -94,9 +94,16 @@ class RenderedRequest:
 class Renderer:
     """Renders requests for one model. Stateless; safe to share between threads."""
 
-    def __init__(self, card: ModelCard, tokenizer: Tokenizer) -> None:
-        """Raises ConfigError if ``tokenizer`` lacks a token of the card's prompt layout."""
+    def __init__(
+        self, card: ModelCard, tokenizer: Tokenizer, *, max_context_tokens: int | None = None
+    ) -> None:
+        """Render for ``card``'s model as run by an engine that takes ``max_context_tokens``.
+
+        Raises ConfigError if ``tokenizer`` lacks a token of the card's prompt layout.
+        """
         self.card = card
+        self.context_tokens = min(card.context_length, max_context_tokens or card.context_length)
+        """Most tokens of prompt and answer together: the one limit, which errors name."""
         self.tokenizer = tokenizer
         version = recipe.ModelVersion.DeepseekV4Pro
         self._encoding: recipe.DeepseekV4Encoding | recipe.DeepseekV41Encoding
@@ -118,7 +125,7 @@ class Renderer:
 
         Raises:
             UnknownModelError: the body names a model other than the card's.
-            PromptTooLongError: prompt and answer exceed the card's context length.
+            PromptTooLongError: prompt and answer exceed ``context_tokens``.
             RequestError: anything else wrong with it; ``param`` is the field where that is known.
         """
         fields = _parse(body) if isinstance(body, bytes) else dict(body)
@@ -161,7 +168,7 @@ class Renderer:
             raise RequestError(message, param=param) from None
 
     def _encode(self, prompt: recipe.RenderedPrompt) -> list[int]:
-        limit = self.card.context_length
+        limit = self.context_tokens
         # Cheap rejection first: no token stands for more characters than the longest one.
         if (at_least := len(prompt.prompt) // self.tokenizer.max_token_bytes) >= limit:
             raise _too_long(limit, f"at least {at_least}")
@@ -177,7 +184,7 @@ class Renderer:
         options: recipe.InferenceOptions,
         prompt_tokens: int,
     ) -> Sampling:
-        limit = self.card.context_length
+        limit = self.context_tokens
         max_tokens = options.max_tokens
         if max_tokens is None:
             default = self.card.default_max_tokens or DEFAULT_MAX_TOKENS[mode]

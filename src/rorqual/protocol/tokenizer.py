@@ -5,8 +5,8 @@ that structure the prompt. Text written by anybody but the template is encoded w
 part, so a user who types ``<｜Assistant｜>`` gets ordinary tokens. This module knows nothing of
 conversations; ``protocol/render.py`` says which spans of a prompt are the template's.
 
-Ids of the official vocabulary: the released ``tokenizer.json`` of DeepSeek-V4 (section 5.1 of the
-fact sheet's token table); the cut vocabulary of the nano models keeps its first entries.
+Ids of the official vocabulary: the released ``tokenizer.json`` of DeepSeek-V4; the cut vocabulary
+of the nano models keeps its first entries.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from rorqual.errors import RorqualError, UnknownModelError
+from rorqual.errors import EngineClosedError, RorqualError, UnknownModelError
 from rorqual.protocol.modes import MODES, ModelCard
 from rorqual.protocol.render import Renderer
 from rorqual.protocol.tokenizer import Tokenizer
@@ -48,15 +48,18 @@ def create_app(
     Raises:
         ConfigError: the tokenizer does not fit the card's prompt layout.
     """
+    renderer = Renderer(card, tokenizer, max_context_tokens=engine.max_context_tokens)
     chat = ChatEndpoint(
         engine=engine,
-        renderer=Renderer(card, tokenizer),
+        renderer=renderer,
         max_body_bytes=max_body_bytes,
         keepalive_s=keepalive_s,
     )
-    models = _Models(card, created=int(time.time()))
+    models = _Models(card, renderer.context_tokens, created=int(time.time()))
 
     async def health(_: Request) -> Response:
+        if engine.is_closed:
+            raise EngineClosedError("the engine is shut down")
         load = engine.stats()
         return JSONResponse(
             {
@@ -88,14 +91,14 @@ def create_app(
 class _Models:
     """The catalogue: one model under all its names."""
 
-    def __init__(self, card: ModelCard, *, created: int) -> None:
+    def __init__(self, card: ModelCard, context_tokens: int, *, created: int) -> None:
         self._entries = {
             name: {
                 "id": name,
                 "object": "model",
                 "created": created,
                 "owned_by": "rorqual",
-                "context_length": card.context_length,
+                "context_length": context_tokens,
                 "modes": list(MODES),
                 "default_mode": card.default_mode,
                 "description": card.description,

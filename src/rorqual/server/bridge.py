@@ -42,6 +42,14 @@ class Load(Protocol):
 class ServingEngine(Protocol):
     """What the server needs of an engine; ``rorqual.engine.engine.Engine`` is one."""
 
+    @property
+    def max_context_tokens(self) -> int:
+        """Longest prompt plus answer."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether requests are refused for good."""
+
     def submit(self, request: Request, /) -> Cancellable:
         """Queue a request; returns at once.
 

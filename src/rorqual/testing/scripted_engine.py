@@ -76,6 +76,7 @@ class ScriptedEngine:
     Args:
         script: text to answer with, or a function of the request that gives text or a ``Script``.
         max_running: requests beyond this are refused as overload.
+        max_context_tokens: as a real engine's; nothing is refused because of it here.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class ScriptedEngine:
         script: str | Script | Callable[[Request], str | Script],
         *,
         max_running: int = 64,
+        max_context_tokens: int = 1_048_576,
     ) -> None:
+        self.max_context_tokens = max_context_tokens
         self.requests: list[Request] = []
         """Everything submitted and accepted, in order."""
         self.handles: list[ScriptedHandle] = []
