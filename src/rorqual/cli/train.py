@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--fp32", action="store_true", help="no bfloat16 in the forward pass")
     parser.add_argument("--device", help="torch device (default: cuda if present, else cpu)")
+    parser.add_argument(
+        "--processes",
+        type=positive_int,
+        metavar="N",
+        help="CPU processes that share each batch (default: one per core; 1 on a GPU)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -51,10 +58,11 @@ def run(args: argparse.Namespace) -> int:
         from rorqual.model.config import PRESETS
         from rorqual.train import pretrain
         from rorqual.train.schedule import TrainConfig
+    fields = {"num_processes": _default_processes(args.device), **train_fields(args)}
     config = PRESETS.get(args.config) or read_config(Path(args.config))
     path = pretrain.run(
         config,
-        TrainConfig(**train_fields(args)),
+        TrainConfig(**fields),
         args.tokenizer or _built_in_tokenizer(),
         args.run_dir,
         device=args.device,
@@ -72,11 +80,20 @@ def train_fields(args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_step": args.tokens_per_step,
         "lr_peak": args.lr,
         "bf16": False if args.fp32 else None,
+        "num_processes": args.processes,
     }
     fields = {name: value for name, value in given.items() if value is not None}
     if args.steps is not None and args.minutes is None:
         fields["minutes"] = None
     return fields
+
+
+def _default_processes(device: str | None) -> int:
+    """One per core this process may use, where it will train on the CPU."""
+    import torch
+
+    on_cpu = device == "cpu" or (device is None and not torch.cuda.is_available())
+    return len(os.sched_getaffinity(0)) if on_cpu and hasattr(os, "sched_getaffinity") else 1
 
 
 def _built_in_tokenizer() -> Path:
