@@ -1,0 +1,1 @@
+"""Training of the nano models: generated data, packing, Muon, pre-training and evaluation."""
