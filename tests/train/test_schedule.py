@@ -77,7 +77,7 @@ def test_the_default_curriculum_ends_at_full_document_length() -> None:
         ({"max_steps": 0}, "max_steps must be >= 1"),
         ({"stages": ()}, "stages must have growing ends"),
         ({"stages": (Stage(until=0.9, difficulty=EASY),)}, "stages must have growing ends"),
-        ({"tokens_per_step": 1280}, "at most tokens_per_step = 1280, got 2560"),
+        ({"tokens_per_step": 1280}, "at most tokens_per_step = 1280, got 5120"),
         ({"mtp_start": 1.5}, r"mtp_start must be in \[0, 1\], got 1.5"),
         ({"indexer_start": -0.1}, r"indexer_start must be in \[0, 1\]"),
         ({"num_threads": 0}, "num_threads must be >= 1, got 0"),
