@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import math
@@ -140,7 +141,7 @@ def test_changed_settings_of_a_resumed_run_are_said(
     start(tmp_path, max_steps=3, lr_peak=1e-3)
     said = capsys.readouterr().err
     assert "resumed at step 2" in said
-    assert "train.lr_peak is now 0.001; it was 0.005" in said
+    assert "train.lr_peak is now 0.001; it was 0.004" in said
     assert "train.max_steps is now 3; it was 2" in said
     assert "lr_end" not in said
 
@@ -216,3 +217,20 @@ def test_a_checkpoint_that_holds_code_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load_run_state(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_run_may_start_from_a_finished_model(tmp_path: Path) -> None:
+    run(SMALL, CONFIG, NANO, tmp_path / "first", device="cpu", now=Clock())
+    more = dataclasses.replace(CONFIG, max_steps=1)
+    finished = tmp_path / "first" / "model"
+    run(SMALL, more, NANO, tmp_path / "again", start=finished, device="cpu", now=Clock())
+    run(SMALL, more, NANO, tmp_path / "anew", device="cpu", now=Clock())
+
+    def first_loss(name: str) -> float:
+        with (tmp_path / name / "loss.csv").open() as file:
+            return float(next(csv.DictReader(file))["loss"])
+
+    assert first_loss("again") < first_loss("anew") - 0.1
+    other = SMALL.replace(routed_scaling_factor=2.0)
+    with pytest.raises(ConfigError, match="another config"):
+        run(other, more, NANO, tmp_path / "other", start=finished, device="cpu", now=Clock())

@@ -33,6 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="DIR",
         help="directory with tokenizer.json (default: that of the built-in nano-flash)",
     )
+    parser.add_argument(
+        "--start", type=Path, metavar="MODEL", help="begin with the weights of this model folder"
+    )
     parser.add_argument("--minutes", type=float, help="time budget (default: 100)")
     parser.add_argument("--steps", type=positive_int, help="stop after this many updates")
     parser.add_argument("--seed", type=int, help="of data and weights (default: 0)")
@@ -65,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         TrainConfig(**fields),
         args.tokenizer or _built_in_tokenizer(),
         args.run_dir,
+        start=args.start,
         device=args.device,
     )
     print(f"wrote {path}")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rorqual.errors import ConfigError
-from rorqual.model.checkpoint import save_model
+from rorqual.model.checkpoint import load_model, save_model
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
 from rorqual.protocol.tokenizer import Tokenizer
@@ -43,10 +43,13 @@ def run(
     tokenizer_dir: Path,
     out_dir: Path,
     *,
+    start: Path | None = None,
     device: str | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> Path:
     """Train to the end of the schedule and write ``out_dir/model``; returns that path.
+
+    A new run takes its weights from the model folder ``start``, else ``init_weights``.
 
     Continues from the newest checkpoint where ``out_dir`` has one; training settings may differ
     from those it was written with, which is said aloud, but the seed may not. ``device`` None
@@ -69,10 +72,12 @@ def run(
     out_dir.mkdir(parents=True, exist_ok=True)
     model = Transformer(model_config)
     model.init_weights(torch.Generator().manual_seed(config.seed))
+    if start is not None:
+        model.load_state_dict(_weights_of(start, model_config))
     trainer = Trainer(model, config, device)
     with ExitStack() as stack:
         log = stack.enter_context(ProgressLog(out_dir))
-        session = _Session(trainer, tokenizer, out_dir, log, now)
+        session = _Session(trainer, tokenizer, out_dir, log, now, start)
         session.resume()
         reason = why_not_compile(device) if config.compile else None
         if reason:
@@ -100,6 +105,14 @@ def run(
     return path
 
 
+def _weights_of(path: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The weights of a finished model; raises ConfigError where it is another network."""
+    source = load_model(path)
+    if source.config != config:
+        raise ConfigError(f"{path} has another config than the network to train")
+    return source.state_dict()
+
+
 class _Session:
     """One process's part of a run: the loop, its clock and what it leaves in the run directory."""
 
@@ -110,7 +123,9 @@ class _Session:
         out_dir: Path,
         log: ProgressLog,
         now: Callable[[], float],
+        start: Path | None,
     ) -> None:
+        self._start = start
         self._trainer = trainer
         self._config = trainer.config
         self._tokenizer = tokenizer
@@ -224,6 +239,7 @@ class _Session:
         description = {
             **self._settings,
             "machine": describe_machine(self._trainer.device),
+            "start": str(self._start) if self._start else None,
             "steps": self._trainer.num_steps,
             "tokens": self._trainer.num_tokens,
             "wall_s": round(self._elapsed_s, 1),
