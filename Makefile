@@ -14,14 +14,14 @@ help: ## list the targets
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Rorqual needs Python 3.11+")'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet --editable .
+	$(PIP) install --progress-bar on --editable .
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
-	$(PIP) install --quiet --editable '.[test]'
+	$(PIP) install --progress-bar on --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed ## prepare .venv with the rorqual command

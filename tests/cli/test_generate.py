@@ -84,6 +84,24 @@ def test_mistakes_are_explained(
     assert len(err.splitlines()) == 1
 
 
+def test_input_that_is_not_utf8_is_explained(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8"))
+    assert run(model_dir) == 1
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("depth", [200, 100_000])
+def test_tools_nested_too_deeply_are_explained(
+    model_dir: Path, tmp_path: Path, depth: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"name": "f", "parameters": ' + '{"a":' * depth + "1" + "}" * depth + "}]")
+    assert run(model_dir, "x", "--tools", str(tools)) == 1
+    assert "nest" in capsys.readouterr().err
+
+
 def test_reply_collects_reasoning_content_and_whole_calls(scripted: ScriptedSession) -> None:
     call = (
         "Look it up.</think>One moment.\n\n<｜DSML｜tool_calls>\n"

@@ -15,7 +15,8 @@ import pytest
 from rorqual.cli.main import main
 
 
-def test_serve_announces_answers_and_stops_on_interrupt(model_dir: Path) -> None:
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_serve_announces_answers_and_stops_when_told(model_dir: Path, stop: signal.Signals) -> None:
     argv = ["serve", str(model_dir), "--port", "0", "--threads", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "rorqual.cli.main", *argv],
@@ -43,10 +44,11 @@ def test_serve_announces_answers_and_stops_on_interrupt(model_dir: Path) -> None
         with urllib.request.urlopen(request, timeout=60) as response:
             answer = json.load(response)
         assert answer["choices"][0]["finish_reason"] == "length"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(stop)
         _, err = process.communicate(timeout=60)
         assert "Traceback" not in err
         assert err.count("tiny runs on ") == 1
+        assert err.endswith("stopped\n"), "the engine was closed first"
         assert process.returncode == 0
     finally:
         process.kill()

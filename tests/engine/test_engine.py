@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -16,6 +17,7 @@ from rorqual.engine.handle import Handle
 from rorqual.engine.request import Request, SamplingParams, TokenOutput, Usage
 from rorqual.engine.scheduler import SchedulerLimits
 from rorqual.errors import (
+    ConfigError,
     EngineClosedError,
     EngineOverloadedError,
     PromptTooLongError,
@@ -341,6 +343,23 @@ def test_a_request_that_breaks_the_model_takes_no_other_with_it() -> None:
     assert (stats.cache_bytes, stats.num_running) == (0, 0)
 
 
+def test_strangers_failures_do_not_add_up_against_a_long_request() -> None:
+    turnstile = Turnstile()
+    with Engine(_Exploding(before_forward=turnstile), SMALL) as engine:
+        long = engine.submit(request([1, 2], GREEDY.replace(max_tokens=40)))
+        turnstile.reached()
+        for _ in range(8):
+            bad = engine.submit(request([3, POISON]))
+            while not bad.is_finished:
+                turnstile.admit()
+                turnstile.reached()
+        turnstile.admit(10_000)
+        result = long.result(TIMEOUT_S)
+        stats = engine.stats()
+    assert (result.finish_reason, result.token_ids) == ("length", greedy([1, 2], 40))
+    assert stats.finished == {"error": 8, "length": 1}
+
+
 class _NoCompany(FakeModel):
     """Fails on every batch of more than one sequence."""
 
@@ -376,6 +395,36 @@ def test_logits_that_are_not_finite_fail_only_their_own_request() -> None:
     assert result.finish_reason == "error"
     assert result.error is not None
     assert "finite" in result.error
+
+
+def test_a_thread_count_no_machine_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_threads"):
+        EngineConfig(num_threads=2**40)
+
+
+def test_an_engine_whose_thread_fails_at_start_says_it_is_closed() -> None:
+    config = EngineConfig(num_threads=1)
+    object.__setattr__(config, "num_threads", "two")  # as if torch refused it
+    engine = Engine(FakeModel(), config)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not engine.is_closed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with pytest.raises(EngineClosedError):
+        engine.submit(request([1]))
+
+
+class _NoState(FakeModel):
+    """Gives something that is no state, which nothing guards against."""
+
+    def new_state(self) -> FakeState:
+        return None  # type: ignore[return-value]
+
+
+def test_a_request_whose_start_breaks_the_engine_gets_an_error() -> None:
+    with Engine(_NoState(), SMALL) as engine:
+        result = engine.submit(request([1])).result(5)
+        assert engine.is_closed
+    assert result.finish_reason == "error"
 
 
 class _NoMemory(FakeModel):

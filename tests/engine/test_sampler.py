@@ -186,3 +186,11 @@ def test_large_vocabulary_tail_keeps_its_probability() -> None:
         params = SamplingParams(max_tokens=1, seed=rng.getrandbits(32))
         heads += sample(logits, [SamplerRow(params=params, prompt_ids=(0,))]) == [0]
     assert 70 <= heads <= 130
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-310, 5e-324])
+def test_a_vanishing_temperature_is_greedy(temperature: float) -> None:
+    logits = torch.tensor([[0.5, 3.0, -1.0, 2.9], [-7.0, -5.0, -9.0, -5.5]])
+    params = SamplingParams(max_tokens=1, temperature=temperature, top_p=0.9, seed=1)
+    rows = [SamplerRow(params=params, prompt_ids=[0]) for _ in range(2)]
+    assert sample(logits, rows) == [1, 1]

@@ -64,7 +64,9 @@ def test_tool_round_trip_renders_calls_and_results(tokenizer: Tokenizer) -> None
     assert request.constraint is not None
     assert request.constraint.kind == "tool_call"
     assert "<tool_result>42</tool_result>" in request.prompt
-    assert request.prompt_ids.count(tokenizer.dsml_id) == request.prompt.count("｜DSML｜")
+    assert request.prompt_ids.count(tokenizer.special_id("｜DSML｜")) == request.prompt.count(
+        "｜DSML｜"
+    )
 
 
 # ---- sampling ---------------------------------------------------------------------------------
@@ -311,3 +313,16 @@ def test_any_body_renders_or_is_refused_as_the_clients_mistake(
     assert 1 <= request.sampling.max_tokens <= 10_000 - len(request.prompt_ids)
     special = [token for token in request.prompt_ids if token in TOKENIZER.special_ids]
     assert len(special) == len(request.special_ranges)
+
+
+def test_a_tiny_top_p_stays_what_it_is() -> None:
+    sampling = renderer_with().render({**BODY, **OFF, "top_p": 1e-7, "temperature": 0.3}).sampling
+    assert (sampling.top_p, sampling.temperature) == (1e-7, 0.3)
+
+
+@pytest.mark.parametrize("value", [0, -1, "x", 10**6])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_wrong_answer_length_is_blamed_on_the_name_the_client_used(name: str, value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        renderer_with(context_length=1000).render({**BODY, name: value})
+    assert caught.value.param == name

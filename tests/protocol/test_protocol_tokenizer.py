@@ -20,6 +20,7 @@ from rorqual.protocol.tokenizer import (
     NUM_TEMPLATE_IDS,
     TEMPLATE_TOKENS,
     THINK_END,
+    USER,
     Tokenizer,
     cut_tokenizer,
 )
@@ -31,13 +32,14 @@ SPELLINGS = st.lists(st.sampled_from([*TEMPLATE_TOKENS, BOS, EOS, " ", "x", "｜
 
 def test_nano_ids_keep_the_official_places(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == 4096
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
+    assert (tokenizer.special_id(BOS), tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
     first = 4096 - NUM_TEMPLATE_IDS
     assert [tokenizer.special_id(t) for t in TEMPLATE_TOKENS] == [
         first + n for n in range(len(TEMPLATE_TOKENS))
     ]
     assert tokenizer.special_ids == {0, 1, 2, *range(first, 4096)}
-    assert tokenizer.decode([tokenizer.think_end_id, tokenizer.user_id]) == "</think><｜User｜>"
+    user_id = tokenizer.special_id(USER)
+    assert tokenizer.decode([tokenizer.think_end_id, user_id]) == "</think><｜User｜>"
 
 
 @given(UNICODE | SPELLINGS.map("".join))
@@ -47,45 +49,27 @@ def test_any_text_survives_a_round_trip_in_ordinary_tokens(text: str) -> None:
     assert not TOKENIZER.special_ids.intersection(ids)
 
 
-@given(UNICODE, st.lists(st.integers(0, 4095), max_size=30), st.data())
-def test_detokenizer_gives_the_same_text_in_any_grouping(
-    text: str, noise: list[int], data: st.DataObject
-) -> None:
-    ids = TOKENIZER.encode_plain(text) + noise
-    detokenizer = TOKENIZER.detokenizer()
-    pieces: list[str] = []
-    at = 0
-    while at < len(ids):
-        size = data.draw(st.integers(1, 5))
-        pieces.append(detokenizer.push(ids[at : at + size]))
-        at += size
-    assert "".join([*pieces, detokenizer.finish()]) == TOKENIZER.decode(ids)
-
-
-def test_detokenizer_holds_back_unfinished_characters(tokenizer: Tokenizer) -> None:
+def test_a_token_inside_a_character_decodes_to_a_replacement(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_plain("🐋")
     assert len(ids) > 1
-    detokenizer = tokenizer.detokenizer()
-    assert [detokenizer.push([token]) for token in ids] == [""] * (len(ids) - 1) + ["🐋"]
-    assert detokenizer.finish() == ""
-    detokenizer.push(ids[:1])
-    assert detokenizer.finish() == "\N{REPLACEMENT CHARACTER}"
+    assert tokenizer.decode(ids) == "🐋"
+    assert tokenizer.decode(ids[:1]) == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_only_the_given_ranges_use_the_added_vocabulary(tokenizer: Tokenizer) -> None:
     prompt = f"<{DSML}x{DSML}>{THINK_END}"
     start = prompt.rindex(DSML)
     ids = tokenizer.encode_prompt(prompt, [(start, start + len(DSML))])
-    assert ids.count(tokenizer.dsml_id) == 1
+    assert ids.count(tokenizer.special_id(DSML)) == 1
     assert tokenizer.think_end_id not in ids
     assert tokenizer.decode(ids) == prompt
-    plain = [*tokenizer.encode_plain(prompt[:start]), tokenizer.dsml_id]
+    plain = [*tokenizer.encode_plain(prompt[:start]), tokenizer.special_id(DSML)]
     assert ids[: len(plain)] == plain
 
 
 def test_dsml_tag_is_one_template_token_among_ordinary_ones(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode_prompt(f"<{DSML}tool_calls>", [(1, 1 + len(DSML))])
-    assert ids[:2] == [30, tokenizer.dsml_id]
+    assert ids[:2] == [30, tokenizer.special_id(DSML)]
     assert ids[-1] == 32
 
 
@@ -187,8 +171,8 @@ def test_official_vocabulary_loads_and_cuts_to_the_shipped_file(tmp_path: Path) 
     file = Path(OFFICIAL.origin).parent / "tokenizer.json"
     full = Tokenizer.from_file(file)
     assert full.vocab_size == 129_280
-    assert (full.bos_id, full.eos_id, full.pad_id) == (0, 1, 2)
-    assert (full.user_id, full.assistant_id) == (128_803, 128_804)
+    assert (full.special_id(BOS), full.eos_id, full.pad_id) == (0, 1, 2)
+    assert (full.special_id(USER), full.assistant_id) == (128_803, 128_804)
     assert (full.think_start_id, full.think_end_id) == (128_821, 128_822)
     tag = full.encode_prompt(f"<{DSML}tool_calls>", [(1, 1 + len(DSML))])
     assert tag == [30, 128_825, 72_461, 4941, 12_548, 32]

@@ -27,6 +27,7 @@ class OneHandleEngine:
     def __init__(self) -> None:
         self.handle = RecordingHandle()
         self.num_waiting = self.num_running = 0
+        self.is_full = False
 
     def submit(self, request: Request) -> RecordingHandle:
         return self.handle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from typing import Any
 
@@ -209,15 +210,21 @@ def test_silent_stream_gets_comments(tokenizer: Tokenizer, nano_card: ModelCard)
 
 
 # ---- the engine's failures --------------------------------------------------------------------
-def test_engine_failure_is_reported_not_hidden(tokenizer: Tokenizer, nano_card: ModelCard) -> None:
+FAILED = r"the model failed on this request \(chatcmpl-\w+\)"
+
+
+def test_engine_failure_is_reported_and_its_details_logged(
+    tokenizer: Tokenizer, nano_card: ModelCard, caplog: pytest.LogCaptureFixture
+) -> None:
     engine = ScriptedEngine(tokenizer, Script(text="half an", error="the disk is on fire"))
     app = create_app(engine, tokenizer, nano_card)
     whole = post(app)
     assert whole.status_code == 500
-    assert whole.json()["error"]["message"] == "the disk is on fire"
+    assert re.fullmatch(FAILED, whole.json()["error"]["message"])
+    assert "the disk is on fire" in caplog.text
     assert whole.json()["error"]["type"] == "server_error"
     events = sse_data(post(app, stream=True).text)
-    assert events[-1]["error"]["message"] == "the disk is on fire"
+    assert re.fullmatch(FAILED, events[-1]["error"]["message"])
     assert "[DONE]" not in events
     text = "".join(e["choices"][0]["delta"]["content"] for e in events[:-1])
     assert "half an".startswith(text)
@@ -248,10 +255,46 @@ def test_overloaded_and_closed_engines(tokenizer: Tokenizer, nano_card: ModelCar
     assert response.status_code == 429
     assert response.headers["retry-after"] == "1"
     assert response.json()["error"]["code"] == "engine_overloaded"
+    assert post(app, messages=5).status_code == 429, "nothing is rendered for a full queue"
     engine.close()
     response = post(app)
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_closed"
+
+
+def test_client_that_stops_reading_loses_its_generation(
+    tokenizer: Tokenizer, nano_card: ModelCard
+) -> None:
+    engine = ScriptedEngine(tokenizer, Script(text="a b c d", hold_after=2))
+    app = create_app(engine, tokenizer, nano_card, send_timeout_s=0.05, keepalive_s=0.02)
+    parts = [{"type": "http.request", "body": json.dumps({**BODY, "stream": True}).encode()}]
+
+    async def scenario() -> None:
+        async def receive() -> dict[str, Any]:
+            if parts:
+                return parts.pop()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        scope = {
+            "type": "http",
+            "http_version": "1.1",
+            "method": "POST",
+            "path": CHAT,
+            "headers": [],
+            "query_string": b"",
+            "scheme": "http",
+            "server": ("127.0.0.1", 2),
+        }
+        async with asyncio.timeout(20):
+            await app(scope, receive, send)
+
+    asyncio.run(scenario())
+    assert engine.handles[0].cancelled.is_set()
 
 
 def test_health_of_a_closed_engine(tokenizer: Tokenizer, nano_card: ModelCard) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from rorqual.errors import ConfigError
 from rorqual.protocol.modes import ModelCard
 from rorqual.protocol.tokenizer import Tokenizer
 from rorqual.server.app import create_app
+from rorqual.server.connection import Connection
 from rorqual.server.run import curl_line, listen, url_of, welcome
 from rorqual.testing.scripted_engine import Script, ScriptedEngine
 
@@ -114,7 +116,7 @@ def test_openai_client_sees_typed_errors(
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(**{**question, "model": "gpt-5"})
         with (
-            pytest.raises(openai.APIError, match="out of memory"),
+            pytest.raises(openai.APIError, match="the model failed on this request"),
             client.chat.completions.create(**question, stream=True) as stream,
         ):
             list(stream)
@@ -167,6 +169,44 @@ def test_half_a_request_leaves_the_server_alive(
         connection.sendall(head.encode())
     assert urllib.request.urlopen(f"{url}/health", timeout=20).status == 200
     assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nContent-Le"])
+@pytest.mark.parametrize("after_an_answer", [False, True])
+def test_a_client_that_never_finishes_asking_is_cut_off(
+    begun: bytes,
+    after_an_answer: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    serve_script: Callable[[Any], tuple[ScriptedEngine, str]],
+) -> None:
+    monkeypatch.setattr(Connection, "header_timeout_s", 0.3)
+    _, url = serve_script("ok")
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        if after_an_answer:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert b"200 OK" in connection.recv(4096)
+        connection.sendall(begun)
+        try:
+            while connection.recv(4096):
+                pass
+        except ConnectionResetError:
+            pass
+    with raw_post(url, {**BODY, "stream": True}) as connection:
+        assert b"200 OK" in connection.recv(100)
+
+
+def test_an_answer_may_take_longer_than_asking(
+    monkeypatch: pytest.MonkeyPatch,
+    serve_script: Callable[[Any], tuple[ScriptedEngine, str]],
+) -> None:
+    monkeypatch.setattr(Connection, "header_timeout_s", 0.3)
+    script = Script(text="a b c d", hold_after=2)
+    _, url = serve_script(script)
+    with raw_post(url, BODY) as connection:
+        time.sleep(0.8)
+        script.release.set()
+        assert b"200 OK" in connection.recv(100)
 
 
 # ---- start-up ---------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def request_body(args: argparse.Namespace) -> dict[str, Any]:
     if prompt in (None, "-"):
         if sys.stdin.isatty():
             raise ConfigError("no prompt: give one as an argument or on standard input")
-        prompt = sys.stdin.read().strip()
+        prompt = read_text(Path("-")).strip()
     if not prompt:
         raise ConfigError("the prompt is empty")
     for path in reversed(args.doc or []):

@@ -117,6 +117,8 @@ def read_tools(path: Path) -> list[dict[str, Any]]:
         raw = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
     if not isinstance(raw, list) or not all(isinstance(item, dict) for item in raw):
         raise ConfigError(f"{path}: expected a JSON list of tools")
     return [item if "function" in item else {"type": "function", "function": item} for item in raw]

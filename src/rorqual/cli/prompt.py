@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from rorqual.errors import ConfigError
+
 
 def lines(
     label: Callable[[], str], commands: Mapping[str, Sequence[str]], toolbar: Callable[[], str]
@@ -18,8 +20,11 @@ def lines(
         toolbar: shown below the line.
     """
     if not sys.stdin.isatty():
-        for line in sys.stdin:
-            yield line.rstrip("\n")
+        try:
+            for line in sys.stdin:
+                yield line.rstrip("\n")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the input is not UTF-8 text: {error.reason}") from None
         return
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import NestedCompleter, PathCompleter, WordCompleter

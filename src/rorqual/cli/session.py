@@ -8,17 +8,16 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from rorqual.engine.engine import Engine
 from rorqual.engine.handle import Handle
-from rorqual.engine.request import Request, SamplingParams, TokenOutput
-from rorqual.errors import EngineError
 from rorqual.protocol.modes import ModelCard
-from rorqual.protocol.parse import Answer, Event, TokenAlternatives
+from rorqual.protocol.parse import Answer, Event
 from rorqual.protocol.render import RenderedRequest, Renderer
 from rorqual.protocol.tokenizer import Tokenizer
+from rorqual.server.answering import engine_request, failure_in, feed
 
 _CANCEL_TIMEOUT_S = 120.0
 """A cancelled request ends with the step it is in; a long prompt chunk can take a while."""
@@ -166,10 +165,7 @@ class Session:
         return answer.whole(created)
 
     def _submit(self, rendered: RenderedRequest, name: str) -> Handle:
-        sampling = sampling_params(rendered, self.tokenizer)
-        return self.engine.submit(
-            Request(prompt_ids=rendered.prompt_ids, sampling=sampling, request_id=name)
-        )
+        return self.engine.submit(engine_request(rendered, self.tokenizer, name))
 
     def _name(self) -> str:
         return f"chatcmpl-local-{next(self._numbers)}"
@@ -182,28 +178,9 @@ def answer_events(handle: Handle, answer: Answer) -> Iterator[list[Event]]:
         EngineError: the model failed.
     """
     for number, output in enumerate(handle):
-        events = []
-        if number == 0:
-            events += answer.start(output.usage.cached_tokens if output.usage else 0)
-        if output.token_ids:
-            events += answer.push(output.token_ids, _alternatives(output))
-        match output.finish_reason:
-            case "stop" | "length" as reason:
-                events += answer.finish(reason)
-            case "error":
-                raise EngineError(f"the model failed: {output.error}")
-        yield events
+        yield feed(answer, output, is_first=number == 0)
         if answer.is_complete:
             handle.cancel()
             return
-
-
-def _alternatives(output: TokenOutput) -> list[TokenAlternatives] | None:
-    if output.logprobs is None:
-        return None
-    return [(entry.logprob, entry.top) for entry in output.logprobs]
-
-
-def sampling_params(rendered: RenderedRequest, tokenizer: Tokenizer) -> SamplingParams:
-    """A rendered request's sampling in the engine's terms."""
-    return SamplingParams(**asdict(rendered.sampling), stop_token_ids=(tokenizer.eos_id,))
+        if error := failure_in(answer, output, handle.request.request_id):
+            raise error

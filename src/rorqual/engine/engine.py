@@ -41,8 +41,9 @@ from rorqual.errors import (
 _log = logging.getLogger(__name__)
 _WAIT_S = 60.0
 """Longest sleep of an idle engine before it looks around again."""
-_MAX_RESTARTS = 3
-"""Failed steps a request may have been in before it is given up, whoever was at fault."""
+_MAX_RESTARTS = 64
+"""Failed steps of others that a request survives: enough for a long answer, but an end."""
+_MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
+        if self.num_threads is not None and self.num_threads > _MAX_THREADS:
+            raise ConfigError(f"num_threads must be <= {_MAX_THREADS}, got {self.num_threads}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +130,11 @@ class Engine:
     def is_closed(self) -> bool:
         """Whether requests are refused, because of ``close`` or because the engine broke down."""
         return self._closing is not None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether ``submit`` would refuse just now because the queue is full."""
+        return len(self._waiting) >= self._config.max_waiting
 
     def submit(self, request: Request) -> Handle:
         """Queue ``request``; returns at once.
@@ -200,9 +208,9 @@ class Engine:
 
     # ---- the engine's thread ------------------------------------------------------------------
     def _run(self) -> None:
-        if self._config.num_threads is not None:
-            torch.set_num_threads(self._config.num_threads)  # OpenMP's count is per thread
         try:
+            if self._config.num_threads is not None:
+                torch.set_num_threads(self._config.num_threads)  # OpenMP's count is per thread
             while self._wait_for_work():
                 self.step()
         except Exception as error:  # a bug of ours: stop serving, but leave nobody waiting
@@ -245,9 +253,11 @@ class Engine:
             self._turn_away(handle, "cancelled")
         with self._changed:
             room = num_admissible(len(self._waiting), len(self._running), self._config.limits)
-            admitted = [self._waiting.popleft() for _ in range(room)]
+            admitted = list(itertools.islice(self._waiting, room))
         for handle in admitted:
             self._start(handle)
+            with self._changed:  # only now: one that breaks the engine must still get its error
+                self._waiting.remove(handle)
 
     def _start(self, handle: Handle) -> None:
         """Give a request its memory. A prefix cache would hand out a state that has a length."""
@@ -265,7 +275,8 @@ class Engine:
         """After a failed step: find who is at fault by letting each request go on alone.
 
         The step may have advanced some states and not others, so all are made anew and read again.
-        A request that fails alone is at fault; so is one that was in too many failed steps.
+        A request that fails alone is at fault. Each restart is followed by at least one token, so
+        a long answer may see many strangers fail; the bound is for a model that always does.
         """
         for sequence, _ in batch:
             if len(batch) == 1 or sequence.num_restarts >= _MAX_RESTARTS:
@@ -308,6 +319,7 @@ class Engine:
         sampling = sequence.handle.request.sampling
         sequence.is_suspect = False
         if token is None:
+            _log.error("logits of %s are not finite", sequence.handle.request.request_id)
             self._finish(sequence, "error", error="the model produced logits that are not finite")
             return
         if token in sampling.stop_token_ids:

@@ -49,7 +49,8 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in prompt or answer, in (0, 10]."""
     seed: int | None = None
-    """Same seed, same tokens, whatever else is in the batch; None draws a fresh seed."""
+    """Same seed, same random numbers, whatever else is in the batch; None draws a fresh seed.
+    Logits are equal up to the rounding of batched products, so almost always tokens are too."""
     logprobs: int | None = None
     """None: no log-probabilities. n: the drawn token's and the n most likely ones', 0..20."""
     stop_token_ids: tuple[int, ...] = ()

@@ -2,7 +2,8 @@
 
 A row's outcome depends on that row alone: its logits, its parameters, its seed and how many
 tokens it has drawn. Randomness is a counter, not a stream: draw n of seed s is always the same
-number, so a request that is batched, preempted or resumed draws what it would draw alone.
+number, in a batch, alone or after a restart. The logits are the same only up to the rounding of
+batched matrix products, so a token can still differ where two are all but equally likely.
 
 Shapes: B rows of the batch, V vocabulary, K alternatives.
 """
@@ -134,7 +135,9 @@ def _draw(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> list[int]:
     temperature_B1 = torch.tensor(
         [[r.params.temperature] for r in rows], device=device, dtype=torch.float64
     )
-    prob_BV = (logits_BV.double() / temperature_B1).softmax(dim=-1)
+    # The best logit becomes 0, so that a vanishing temperature gives 0 and -inf, not inf.
+    below_best_BV = logits_BV.double() - logits_BV.amax(dim=-1, keepdim=True)
+    prob_BV = (below_best_BV / temperature_B1).softmax(dim=-1)
     filtering = [i for i, r in enumerate(rows) if _filters(r.params)]
     if filtering:
         keep_BV = _kept(prob_BV[filtering], [rows[i].params for i in filtering])

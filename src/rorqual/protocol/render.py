@@ -9,6 +9,7 @@ limit, and an error that says which field is at fault. Whatever the body, the ou
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, cast
@@ -135,7 +136,8 @@ class Renderer:
             fields.get("thinking"),
             fields.get("reasoning_effort"),
         )
-        conversation = self._convert(_adapted(fields, level))
+        limit_name = _limit_name(fields)
+        conversation = self._convert(_adapted(fields, level), limit_name)
         if level is None:
             raise RequestError("reasoning_effort must be a string", param="reasoning_effort")
         prompt = self._encoding.render_conversation(conversation.conversation)
@@ -155,14 +157,19 @@ class Renderer:
             conversation=conversation,
         )
 
-    def _convert(self, fields: dict[str, Any]) -> recipe.ConversationRequest:
+    def _convert(self, fields: dict[str, Any], limit_name: str) -> recipe.ConversationRequest:
         try:
             return recipe.ChatCompletionRequest(fields).convert(self._options)
         except recipe.ConversionError as error:
-            kind = UnknownModelError if "API model names" in str(error) else RequestError
-            raise kind(str(error), param=blame_text(str(error))) from None
+            message = str(error)
+            kind = UnknownModelError if "API model names" in message else RequestError
+            if (param := blame_text(message)) == "max_tokens":
+                message, param = message.replace("max_tokens", limit_name), limit_name
+            raise kind(message, param=param) from None
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            message, param = str(error), blame(fields)
+            message = str(error)
+            param = blame(fields, message)
+            param = limit_name if param == "max_tokens" else param
             if param is not None and param not in message:
                 message = f"{message} (at {param})"
             raise RequestError(message, param=param) from None
@@ -195,7 +202,7 @@ class Renderer:
                 f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the messages, "
                 f"{max_tokens} in the completion). Please reduce the length of the messages or "
                 "completion.",
-                param="max_tokens",
+                param=_limit_name(fields),
             )
         penalties = {
             name: _number(fields, name, low, high, default)
@@ -205,9 +212,8 @@ class Renderer:
             temperature = _or(fields.get("temperature"), recommended.temperature)
             top_p = _or(fields.get("top_p"), recommended.top_p)
         else:
-            # float32 in the recipe; six digits give back what the client wrote.
-            temperature = round(_or(options.temperature, 1.0), 6)
-            top_p = round(_or(options.top_p, 1.0), 6)
+            temperature = _honoured(fields.get("temperature"), options.temperature)
+            top_p = _honoured(fields.get("top_p"), options.top_p)
             if mode != "non-think":
                 penalties = dict.fromkeys(penalties, 0.0)
         return Sampling(
@@ -244,9 +250,15 @@ def _adapted(fields: Mapping[str, Any], level: Level | None) -> dict[str, Any]:
     adapted = dict(fields)
     if level is not None and level.prompt_effort is not None:
         adapted["reasoning_effort"] = level.prompt_effort
-    if adapted.get("max_tokens") is None and "max_completion_tokens" in fields:
+    if _limit_name(fields) == "max_completion_tokens":
         adapted["max_tokens"] = fields["max_completion_tokens"]
     return adapted
+
+
+def _limit_name(fields: Mapping[str, Any]) -> str:
+    """Which of its two names the client gave ``max_tokens``."""
+    is_new = fields.get("max_tokens") is None and "max_completion_tokens" in fields
+    return "max_completion_tokens" if is_new else "max_tokens"
 
 
 def _constraint(constraint: recipe.OutputConstraint | None) -> Constraint | None:
@@ -262,6 +274,14 @@ def _too_long(limit: int, prompt_tokens: str) -> PromptTooLongError:
         "of the messages.",
         param="messages",
     )
+
+
+def _honoured(sent: float | None, resolved: float | None) -> float:
+    """What the recipe made of ``sent``, in the client's own digits: the recipe has float32."""
+    if resolved is None:
+        return 1.0
+    is_kept = sent is not None and math.isclose(sent, resolved, rel_tol=1e-6)
+    return float(sent) if sent is not None and is_kept else float(resolved)
 
 
 def _or(value: float | None, default: float) -> float:

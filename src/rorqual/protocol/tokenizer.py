@@ -11,7 +11,6 @@ of the nano models keeps its first entries.
 
 from __future__ import annotations
 
-import codecs
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -110,11 +109,6 @@ class Tokenizer:
         return len(self._bytes)
 
     @property
-    def bos_id(self) -> int:
-        """First token of every prompt."""
-        return self._added[BOS]
-
-    @property
     def eos_id(self) -> int:
         """Ends an assistant turn."""
         return self._added[EOS]
@@ -123,11 +117,6 @@ class Tokenizer:
     def pad_id(self) -> int:
         """Fills unused training positions; the EOS id where the vocabulary has no pad."""
         return self._added.get(PAD, self.eos_id)
-
-    @property
-    def user_id(self) -> int:
-        """``<｜User｜>``."""
-        return self._added[USER]
 
     @property
     def assistant_id(self) -> int:
@@ -143,11 +132,6 @@ class Tokenizer:
     def think_end_id(self) -> int:
         """``</think>``."""
         return self._added[THINK_END]
-
-    @property
-    def dsml_id(self) -> int:
-        """``｜DSML｜``, the token that marks tool-call tags."""
-        return self._added[DSML]
 
     def special_id(self, token: str) -> int:
         """Id of the added token spelled ``token``. Raises ConfigError if there is none."""
@@ -207,30 +191,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, template tokens spelled out, broken UTF-8 as U+FFFD."""
         return b"".join([self._bytes[i] for i in ids]).decode("utf-8", "replace")
-
-    def detokenizer(self) -> Detokenizer:
-        """A fresh incremental decoder over this vocabulary."""
-        return Detokenizer(self)
-
-
-class Detokenizer:
-    """Turns a growing list of ids into text, holding back unfinished UTF-8 characters.
-
-    The concatenation of everything returned equals ``Tokenizer.decode`` of all ids, however the
-    ids were split into calls. One per sequence; not thread-safe.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Text completed by ``ids``; may be empty."""
-        return self._utf8.decode(b"".join([self._tokenizer.token_bytes(i) for i in ids]))
-
-    def finish(self) -> str:
-        """What is left: empty, or U+FFFD for a character that was never completed."""
-        return self._utf8.decode(b"", final=True)
 
 
 def cut_tokenizer(full_tokenizer_json: Path, vocab_size: int, out: Path) -> None:

@@ -28,6 +28,9 @@ MAX_BODY_BYTES = 16 * 1024 * 1024
 KEEPALIVE_S = 15.0
 """Longest silence on a streamed answer."""
 
+SEND_TIMEOUT_S = 60.0
+"""Longest wait for a client that stopped reading its answer."""
+
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; nobody is left to read it
 
 
@@ -38,6 +41,7 @@ def create_app(
     *,
     max_body_bytes: int = MAX_BODY_BYTES,
     keepalive_s: float = KEEPALIVE_S,
+    send_timeout_s: float = SEND_TIMEOUT_S,
 ) -> Starlette:
     """The application serving ``card``'s model from ``engine``.
 
@@ -54,6 +58,7 @@ def create_app(
         renderer=renderer,
         max_body_bytes=max_body_bytes,
         keepalive_s=keepalive_s,
+        send_timeout_s=send_timeout_s,
     )
     models = _Models(card, renderer.context_tokens, created=int(time.time()))
 

@@ -50,6 +50,10 @@ class ServingEngine(Protocol):
     def is_closed(self) -> bool:
         """Whether requests are refused for good."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether ``submit`` would refuse for overload just now."""
+
     def submit(self, request: Request, /) -> Cancellable:
         """Queue a request; returns at once.
 

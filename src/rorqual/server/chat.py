@@ -11,7 +11,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -20,10 +20,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from rorqual.engine.request import Request, SamplingParams, TokenOutput
-from rorqual.errors import EngineClosedError, EngineError, RequestError
-from rorqual.protocol.parse import Answer, Event, TokenAlternatives
+from rorqual.engine.request import Request, TokenOutput
+from rorqual.errors import EngineError, EngineOverloadedError, RequestError
+from rorqual.protocol.parse import Answer, Event
 from rorqual.protocol.render import RenderedRequest, Renderer
+from rorqual.server.answering import engine_request, failure_in, feed
 from rorqual.server.bridge import Generation, ServingEngine
 from rorqual.server.failures import failure_of
 
@@ -42,12 +43,18 @@ class ChatEndpoint:
     engine: ServingEngine
     renderer: Renderer
     max_body_bytes: int
+    send_timeout_s: float
+    """Longest wait for a client to take a part of its answer."""
     keepalive_s: float
     """Silence after which a stream gets a comment, so that nothing between takes it for dead."""
 
     async def __call__(self, http: HttpRequest) -> Response:
         """The response to one request; raises RorqualError or HTTPException before it starts."""
         body = await read_body(http, self.max_body_bytes)
+        if (
+            self.engine.is_full and not self.engine.is_closed
+        ):  # before rendering, which is the expensive part of a refusal
+            raise EngineOverloadedError("too many requests are waiting already; try again later")
         generation = Generation()
         answer_id = f"chatcmpl-{uuid.uuid4().hex}"
         rendered, request = await asyncio.to_thread(
@@ -55,8 +62,14 @@ class ChatEndpoint:
         )
         answer = Answer(rendered, self.renderer.tokenizer, answer_id, streamed=rendered.stream)
         generation.submit(self.engine, request)
-        events = answer_events(generation, answer, self.keepalive_s)
-        return _AnswerResponse(answer, generation, events, streamed=rendered.stream)
+        events = answer_events(generation, answer, answer_id, self.keepalive_s)
+        return _AnswerResponse(
+            answer,
+            generation,
+            events,
+            streamed=rendered.stream,
+            send_timeout_s=self.send_timeout_s,
+        )
 
     def _prepare(
         self, body: bytes, answer_id: str, on_output: Callable[[TokenOutput], None]
@@ -68,15 +81,7 @@ class ChatEndpoint:
                 "response_format of type 'regex' is not supported: answers are not constrained",
                 param="response_format",
             )
-        sampling = SamplingParams(
-            **asdict(rendered.sampling), stop_token_ids=(self.renderer.tokenizer.eos_id,)
-        )
-        request = Request(
-            prompt_ids=rendered.prompt_ids,
-            sampling=sampling,
-            request_id=answer_id,
-            on_output=on_output,
-        )
+        request = engine_request(rendered, self.renderer.tokenizer, answer_id, on_output)
         return rendered, request
 
 
@@ -115,11 +120,13 @@ class _AnswerResponse(Response):
         events: AsyncIterator[list[Event]],
         *,
         streamed: bool,
+        send_timeout_s: float,
     ) -> None:
         self._answer = answer
         self._generation = generation
         self._events = events
         self._send_answer = self._stream if streamed else self._send_whole
+        self._send_timeout_s = send_timeout_s
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,7 +147,11 @@ class _AnswerResponse(Response):
     async def _stream(self, send: Send) -> None:
         async def push(text: str, *, more: bool = True) -> None:
             body = text.encode()
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+            try:
+                async with asyncio.timeout(self._send_timeout_s):
+                    await send({"type": "http.response.body", "body": body, "more_body": more})
+            except TimeoutError:
+                raise ClientDisconnect from None
 
         await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
         try:
@@ -155,43 +166,27 @@ class _AnswerResponse(Response):
 
 
 async def answer_events(
-    generation: Generation, answer: Answer, silence_s: float
+    generation: Generation, answer: Answer, request_id: str, silence_s: float
 ) -> AsyncIterator[list[Event]]:
     """The answer's events in groups as they come; an empty group after each ``silence_s`` of none.
 
     Raises:
-        EngineError: the engine failed or closed, or the reader is too slow.
+        EngineError: the model failed, the engine closed, or the reader is too slow.
     """
-    is_started = False
+    is_first = True
     while not answer.is_complete:
         outputs = await generation.take(silence_s)
         events: list[Event] = []
         for output in outputs:
-            if not is_started:
-                is_started = True
-                events += answer.start(output.usage.cached_tokens if output.usage else 0)
-            events += answer.push(output.token_ids, _alternatives(output))
+            events += feed(answer, output, is_first=is_first)
+            is_first = False
             if answer.is_complete:  # at a stop string; the engine may not know yet
                 break
-            if output.finish_reason == "stop" or output.finish_reason == "length":
-                events += answer.finish(output.finish_reason)
-            elif output.finish_reason is not None:
+            if error := failure_in(answer, output, request_id):
                 yield events
-                raise _engine_failure(output)
+                raise error
         if events or not outputs:
             yield events
-
-
-def _engine_failure(output: TokenOutput) -> EngineError:
-    if output.finish_reason == "cancelled":
-        return EngineClosedError("the engine was shut down before the answer was complete")
-    return EngineError(output.error or "the engine failed")
-
-
-def _alternatives(output: TokenOutput) -> list[TokenAlternatives] | None:
-    if output.logprobs is None:
-        return None
-    return [(entry.logprob, entry.top) for entry in output.logprobs]
 
 
 def _sse(event: Event) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 import uvicorn
 from starlette.applications import Starlette
@@ -20,9 +22,14 @@ from rorqual.protocol.modes import ModelCard
 from rorqual.protocol.tokenizer import Tokenizer
 from rorqual.server.app import MAX_BODY_BYTES, create_app
 from rorqual.server.bridge import ServingEngine
+from rorqual.server.connection import Connection
 
 _SHUTDOWN_S = 5
 """Time running answers get to finish after Ctrl-C."""
+_MAX_CONNECTIONS = 1000
+"""Connections beyond this get status 503: below the usual limit of open files."""
+_IDLE_S = 5
+"""Time an idle connection is kept after an answer."""
 _EXAMPLE = """Document:
 The river station was built in 1974.
 The harbour station was built in 1981.
@@ -50,10 +57,27 @@ def serve(
         ConfigError: the address cannot be listened on, or tokenizer and card do not fit.
     """
     app = create_app(engine, tokenizer, card, max_body_bytes=max_body_bytes)
-    with listen(host, port) as listener:
+    with listen(host, port) as listener, _terminating_as_interrupt():
         announce(welcome(card, url_of(listener)))
+        server_for(app).run(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _terminating_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, and both without an exception.
+
+    uvicorn raises the signal again once it has shut down, which for SIGTERM would end the process
+    on the spot. Off the main thread, where signals never arrive, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
         with contextlib.suppress(KeyboardInterrupt):
-            server_for(app).run(sockets=[listener])
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -71,12 +95,14 @@ def server_for(app: Starlette) -> uvicorn.Server:
     return uvicorn.Server(
         uvicorn.Config(
             app,
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_level="warning",
             access_log=False,
             server_header=False,
+            limit_concurrency=_MAX_CONNECTIONS,
+            timeout_keep_alive=_IDLE_S,
             timeout_graceful_shutdown=_SHUTDOWN_S,
         )
     )

@@ -117,6 +117,11 @@ class ScriptedEngine:
         """Whether requests are refused."""
         return self._is_closed
 
+    @property
+    def is_full(self) -> bool:
+        """Whether requests are refused as overload just now."""
+        return self._num_running >= self._max_running
+
     def stats(self) -> ScriptedLoad:
         """Requests being answered; none ever waits."""
         with self._changed:
