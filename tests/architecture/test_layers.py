@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,20 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"errors", "kernels", "model", "protocol"},
     "testing": {"errors", "kernels", "model", "engine", "protocol"},
     "bench": {"errors", "kernels", "model", "engine", "protocol", "testing"},
-    "cli": {"errors", "kernels", "model", "engine", "protocol", "server", "train", "bench"},
+    "cli": {"errors", "kernels", "model", "engine", "protocol", "server", "train"},
+}
+# What each package may import from outside the standard library.
+THIRD_PARTY: dict[str, set[str]] = {
+    "errors": set(),
+    "kernels": {"torch"},
+    "model": {"torch", "safetensors"},
+    "engine": {"torch"},
+    "protocol": {"deepseek_recipe", "tokenizers", "msgspec"},
+    "server": {"starlette", "uvicorn", "anyio"},
+    "train": {"torch", "numpy", "deepseek_recipe", "rich", "matplotlib"},
+    "testing": {"torch", "numpy"},
+    "bench": {"torch", "transformers"},
+    "cli": {"torch", "msgspec", "rich", "prompt_toolkit"},
 }
 # Packages usable where torch is not installed. ``server`` takes an engine but makes none.
 WITHOUT_TORCH = {"errors", "protocol"}
@@ -58,6 +72,13 @@ def test_imports_point_down(path: Path) -> None:
             if target in ("__version__",):
                 continue
             assert target == package or target in ALLOWED[package], f"{package} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_third_party_imports_are_those_of_the_package(path: Path) -> None:
+    known = {"rorqual", *sys.stdlib_module_names}
+    outside = {name.split(".")[0] for name in imported_names(path)} - known
+    assert outside <= THIRD_PARTY[package_of(path)]
 
 
 @pytest.mark.parametrize(

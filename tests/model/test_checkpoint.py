@@ -414,6 +414,48 @@ def test_a_shard_of_other_bytes_is_named(saved: Path) -> None:
         load_model(saved)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [b'{"norm.weight":{"dtype":"F32","shape":[64],"data_offsets":["a","b"]}}', b"[" * 50_000],
+    ids=["offsets of text", "nested"],
+)
+def test_a_shard_with_an_odd_header_is_named(saved: Path, header: bytes) -> None:
+    shard = shard_of(saved, "norm.weight")
+    shard.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(CheckpointError, match=shard.name):
+        load_model(saved)
+
+
+def test_a_directory_in_place_of_a_shard_is_named(saved: Path) -> None:
+    shard = shard_of(saved, "norm.weight")
+    shard.unlink()
+    shard.mkdir()
+    with pytest.raises(CheckpointError, match=shard.name):
+        load_model(saved)
+
+
+def test_a_directory_or_deep_nesting_in_place_of_the_index_is_named(saved: Path) -> None:
+    index = saved / "model.safetensors.index.json"
+    index.write_text("[" * 50_000)
+    with pytest.raises(CheckpointError, match=index.name):
+        load_model(saved)
+    index.unlink()
+    index.mkdir()
+    with pytest.raises(CheckpointError, match=index.name):
+        load_model(saved)
+
+
+@pytest.mark.parametrize("expert", [-1, CONFIG.n_routed_experts])
+def test_a_hash_table_that_names_no_expert_is_refused(expert: int, tmp_path: Path) -> None:
+    name = "layers.0.ffn.gate.tid2eid"
+
+    def change(state: dict[str, Tensor]) -> None:
+        state[name][3, 1] = expert
+
+    with pytest.raises(CheckpointError, match=rf"'{name}' names experts"):
+        load_model(edited(change, tmp_path))
+
+
 def edit_index(path: Path, change: Callable[[dict[str, str]], None]) -> None:
     file = path / "model.safetensors.index.json"
     index = json.loads(file.read_text())

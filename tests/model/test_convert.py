@@ -144,6 +144,22 @@ def test_other_files_travel_along_and_weights_of_other_formats_do_not(tmp_path: 
     assert (tmp_path / "b" / "LICENSE").read_text() == "LICENSE"
 
 
+def test_a_failed_conversion_leaves_the_other_files_as_they_were(tmp_path: Path) -> None:
+    official = write_random(CONFIG, tmp_path / "a")
+    (official / "tokenizer.json").write_text("new")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "tokenizer.json").write_text("old")
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(official, tmp_path / "b", to="transformers", progress=stop)
+    assert files(tmp_path / "b") == {"tokenizer.json": b"old"}
+    convert_checkpoint(official, tmp_path / "b", to="transformers")
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "new"
+
+
 # ---- values -------------------------------------------------------------------------------------
 
 

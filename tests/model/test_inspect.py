@@ -10,11 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from rorqual.cli.inspect import render
 from rorqual.errors import CheckpointError, ConfigError
 from rorqual.model.checkpoint import save_model
 from rorqual.model.config import TINY
 from rorqual.model.convert import convert_checkpoint
-from rorqual.model.inspect import inspect_model, render
+from rorqual.model.inspect import inspect_model
 from rorqual.model.transformer import Transformer
 
 SMALL = TINY.replace(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rorqual.model.state import Segment
+from rorqual.model.state import Rows, Segment
 from rorqual.model.transformer import Transformer
 
 from .conftest import SMALL, build
@@ -98,11 +98,25 @@ def test_window_only_network_forgets_beyond_its_window() -> None:
 def test_cache_grows_by_the_formula(small: Transformer) -> None:
     state = small.new_state()
     small(tokens(512), [Segment(state, 512)])
-    fixed = state.nbytes - state.compressed_nbytes
+    fixed = sum(layer.fixed_nbytes for layer in (*state.layers, *state.mtp))
     c, i = SMALL.head_dim, SMALL.index_head_dim
     assert state.compressed_nbytes == 8 * (2 * 128 * (c + i) + 4 * c)  # float64
     small(tokens(512, seed=7), [Segment(state, 512)])
-    assert state.nbytes - state.compressed_nbytes == fixed
+    assert sum(layer.fixed_nbytes for layer in (*state.layers, *state.mtp)) == fixed
+
+
+def test_allocated_bytes_are_reported_and_stay_near_those_in_use() -> None:
+    rows, buffers = Rows(), set()
+    for _ in range(2000):
+        rows.append(torch.ones(1, 4))
+        view = rows.view()
+        assert view is not None
+        buffers.add(view.data_ptr())
+        assert rows.nbytes == view.untyped_storage().nbytes()
+        assert rows.used_nbytes == len(rows) * 16 <= rows.nbytes
+        assert rows.nbytes <= max(16 * 16, rows.used_nbytes * 9 / 8)
+    assert torch.equal(view, torch.ones(2000, 4))
+    assert len(buffers) < 100  # amortised
 
 
 def test_draft_continues_the_trunk(small: Transformer) -> None:

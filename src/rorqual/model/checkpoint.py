@@ -149,7 +149,7 @@ def read_config(path: Path) -> ModelConfig:
     """
     try:
         raw = json.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         return ModelConfig.from_json(path)
     if not isinstance(raw, dict) or not is_transformers_config(raw):
         return ModelConfig.from_json(path)
@@ -174,7 +174,8 @@ def load_model(
         dtype: cast the plain floating-point tensors, which copies them; None keeps them mapped.
 
     Raises:
-        CheckpointError, ConfigError: as ``Checkpoint``.
+        CheckpointError, ConfigError: as ``Checkpoint``; also a hash table that names an expert
+            there is not.
     """
     checkpoint = Checkpoint(path)
     config = checkpoint.config
@@ -190,6 +191,8 @@ def load_model(
     done = 0
     for spec in checkpoint.specs:
         tensor = checkpoint.read(spec.name)
+        if tensor.dtype == torch.int64:
+            _check_experts(tensor, spec.name, config, path)
         if dtype is not None and tensor.dtype in _FLOATS:
             tensor = tensor.to(dtype)
         state[spec.name] = tensor
@@ -243,6 +246,16 @@ def save_model(
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
+
+
+def _check_experts(table: Tensor, name: str, config: ModelConfig, directory: Path) -> None:
+    """The hash-routing tables are the only integers stored as such; each names experts."""
+    low, high = (int(bound) for bound in table.aminmax())
+    if low < 0 or high >= config.n_routed_experts:
+        raise CheckpointError(
+            f"{directory}: tensor {name!r} names experts {low} to {high}, there are "
+            f"{config.n_routed_experts}"
+        )
 
 
 def _offsets(tensor: StoredTensor) -> Iterator[tuple[int, TensorSpec]]:

@@ -9,7 +9,6 @@ FP4 experts as FP8 without loss. At most one tensor of the official layout is in
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -59,7 +58,7 @@ def convert_checkpoint(
     """Write the checkpoint in directory ``src`` to directory ``dst`` in layout ``to``.
 
     The source's layout is recognised. Tokenizer, template and text files beside it are copied.
-    A checkpoint already in ``dst`` is replaced, all or nothing.
+    A checkpoint already in ``dst`` is replaced together with those files, all or nothing.
 
     Args:
         to: "official" or "transformers".
@@ -88,12 +87,12 @@ def convert_checkpoint(
     raw: dict[str, Any] = (
         target.config.to_dict() if to == "official" else to_transformers_config(target.config)
     )
-    _copy_companions(src, dst)
     return write_shards(
         dst,
         LAYOUTS[to](target.specs),
         pieces,
         config=raw,
+        companions=_companions(src),
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
@@ -188,13 +187,12 @@ def _scale_of(checkpoint: Checkpoint, weight: TensorSpec) -> Tensor:
     return checkpoint.read(weight.name.removesuffix(".weight") + ".scale")
 
 
-def _copy_companions(src: Path, dst: Path) -> None:
-    """Copy what is not weights: tokenizer, templates, card, licence."""
-    try:
-        dst.mkdir(parents=True, exist_ok=True)
-        for path in sorted(src.iterdir()):
-            is_text = path.suffix in _COMPANION_SUFFIXES or path.name == "LICENSE"
-            if path.is_file() and is_text and path.name not in (CONFIG_FILE, INDEX_FILE):
-                shutil.copyfile(path, dst / path.name)
-    except OSError as error:
-        raise CheckpointError(f"{error.filename or dst}: {error.strerror or error}") from None
+def _companions(src: Path) -> tuple[Path, ...]:
+    """What is not weights: tokenizer, templates, card, licence."""
+    return tuple(
+        path
+        for path in sorted(src.iterdir())
+        if path.is_file()
+        and (path.suffix in _COMPANION_SUFFIXES or path.name == "LICENSE")
+        and path.name not in (CONFIG_FILE, INDEX_FILE)
+    )

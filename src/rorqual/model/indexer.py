@@ -14,6 +14,9 @@ from rorqual.model.config import ModelConfig
 from rorqual.model.linear import Linear
 from rorqual.model.rope import Rotation
 
+# Products of heads, queries and entries held at once, in elements (64 MiB of float32).
+_SCORE_LIMIT = 1 << 24
+
 
 class Indexer(nn.Module):
     """Scores compressed entries for CSA layers."""
@@ -49,9 +52,20 @@ class Indexer(nn.Module):
     def select(
         self, q_THC: Tensor, weight_TH: Tensor, keys_SC: Tensor, visible_T: Tensor
     ) -> Tensor:
-        """Entry indices [T, <= topk], -1 where masked."""
+        """Entry indices [T, <= topk], -1 where masked.
+
+        Queries are scored in blocks, so that memory does not grow with chunk times context.
+        """
         if keys_SC.shape[0] <= self.topk:  # everything visible is selected: no need to score
             every = torch.arange(keys_SC.shape[0], device=keys_SC.device)
             return torch.where(every < visible_T.unsqueeze(-1), every, -1)
-        scores = reference.indexer_scores(q_THC, weight_TH, keys_SC)
-        return reference.select_entries(scores, visible_T, self.topk)
+        step = max(1, _SCORE_LIMIT // (self.num_heads * keys_SC.shape[0]))
+        blocks = zip(q_THC.split(step), weight_TH.split(step), visible_T.split(step), strict=True)
+        return torch.cat(
+            [
+                reference.select_entries(
+                    reference.indexer_scores(q, weight, keys_SC), visible, self.topk
+                )
+                for q, weight, visible in blocks
+            ]
+        )

@@ -1,4 +1,4 @@
-"""A report of what a model is and costs: from a preset, a ``config.json`` or a checkpoint.
+"""What a model is and costs, as data: from a preset, a ``config.json`` or a checkpoint.
 
 A checkpoint's files are checked (headers only, nothing is read into memory), so inspecting one is
 also the quickest way to learn that it is whole.
@@ -9,10 +9,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from rorqual.errors import ConfigError
 from rorqual.model.checkpoint import Checkpoint, read_config
@@ -57,7 +53,7 @@ class StoredFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """Everything ``render`` prints; plain data."""
+    """Everything there is to say about one model; plain data."""
 
     name: str
     """Preset name or path."""
@@ -116,41 +112,6 @@ def inspect_model(source: str | Path) -> Inspection:
     )
 
 
-def render(inspection: Inspection) -> RenderableType:
-    """The report as a rich renderable."""
-    config, cost, files = inspection.config, inspection.cost, inspection.files
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold")
-    facts.add_column()
-    facts.add_row("parameters", f"{_count(cost.total_parameters)} total, without MTP")
-    facts.add_row("", f"{_count(cost.active_parameters)} active per token")
-    where = "official layout, computed" if files is None else f"{files.layout} layout"
-    size = f"{_size(inspection.num_bytes)} in {inspection.num_tensors:,} tensors"
-    facts.add_row("weights", f"{size} ({where})")
-    if files is not None:
-        facts.add_row("", f"{files.num_files} safetensors file{'s' * (files.num_files != 1)}")
-    experts = f"{config.n_routed_experts} routed + {config.n_shared_experts} shared"
-    facts.add_row("experts", f"{experts}, {config.num_experts_per_tok} routed per token")
-    facts.add_row("width", f"{config.hidden_size} x {config.hc_mult} streams")
-    heads = f"{config.num_attention_heads} heads x {config.head_dim}"
-    facts.add_row("attention", f"{heads}, window {config.sliding_window}")
-    facts.add_row("context", f"{config.max_position_embeddings:,} tokens")
-    facts.add_row("numerics", config.numerics)
-    cache = cost.cache
-    entries = f"{cache.entry_bytes} B per entry, {cache.index_key_bytes} B per index key"
-    facts.add_row("cache", f"{cache.per_token:,.2f} B per token ({entries})")
-    fixed = cache.window_bytes + cache.tail_bytes
-    facts.add_row("", f"{_size(fixed)} fixed per sequence")
-    full = cache.total(config.max_position_embeddings)
-    facts.add_row("", f"{_size(full)} for one full context")
-    return Group(
-        Text(inspection.name, style="bold"),
-        facts,
-        _schedule_table(inspection.schedule),
-        _dtype_table(inspection.dtypes),
-    )
-
-
 def _schedule(config: ModelConfig) -> tuple[LayerRun, ...]:
     """The blocks in order, repeats and alternations of two kinds folded into one run."""
     kinds = []
@@ -193,35 +154,3 @@ def _dtype_totals(specs: tuple[TensorSpec, ...]) -> tuple[DtypeTotal, ...]:
         DtypeTotal(dtype=code, num_tensors=tensors[code], num_bytes=size)
         for code, size in sizes.most_common()
     )
-
-
-def _schedule_table(schedule: tuple[LayerRun, ...]) -> Table:
-    table = Table("layers", "attention", "routing", title="layer schedule", title_justify="left")
-    for run in schedule:
-        layers = f"{run.first}" if run.first == run.last else f"{run.first}-{run.last}"
-        attention = " and ".join(run.attention) + (" alternating" * (len(run.attention) > 1))
-        table.add_row(layers, attention + " (MTP)" * run.is_mtp, run.routing)
-    return table
-
-
-def _dtype_table(dtypes: tuple[DtypeTotal, ...]) -> Table:
-    table = Table("dtype", "tensors", "bytes", title="storage", title_justify="left")
-    for total in dtypes:
-        table.add_row(total.dtype, f"{total.num_tensors:,}", _size(total.num_bytes))
-    return table
-
-
-def _count(value: int) -> str:
-    """12,345,678,901 -> '12.35 B'."""
-    for unit, name in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if value >= unit:
-            return f"{value / unit:,.2f} {name}"
-    return str(value)
-
-
-def _size(value: float) -> str:
-    """Bytes in decimal units, as file sizes are usually given."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if value >= unit:
-            return f"{value / unit:,.2f} {name}"
-    return f"{value:,.0f} B"

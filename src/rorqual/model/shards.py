@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,7 @@ def _listed_tensors(directory: Path) -> dict[str, str] | None:
         raise CheckpointError(f"{directory}: has both {SINGLE_FILE} and {INDEX_FILE}; remove one")
     try:
         raw = json.loads(index.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a JSON file: {error}") from None
     listed = raw.get("weight_map") if isinstance(raw, dict) else None
     if not isinstance(listed, dict) or not listed:
@@ -146,6 +147,8 @@ def _listed_tensors(directory: Path) -> dict[str, str] | None:
 
 def _diagnosis(path: Path) -> str | None:
     """Which tensor a truncated file cuts off, or None if it is damaged in another way."""
+    if not path.is_file():
+        return "not a file"
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -153,10 +156,14 @@ def _diagnosis(path: Path) -> str | None:
             return f"truncated in its header ({size} bytes)"
         try:
             header = json.loads(file.read(length))
-            ends = [(v["data_offsets"][1], k) for k, v in header.items() if k != "__metadata__"]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            ends = sorted(
+                (int(v["data_offsets"][1]), k) for k, v in header.items() if k != "__metadata__"
+            )
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError):
             return None
-    for end, name in sorted(ends):
+        except RecursionError:
+            return "its header is nested too deeply"
+    for end, name in ends:
         if 8 + length + end > size:
             return f"truncated: tensor {name!r} ends at byte {8 + length + end} of {size}"
     return None
@@ -171,6 +178,7 @@ def write_shards(
     pieces: Callable[[StoredTensor], Iterable[Tensor]],
     *,
     config: Mapping[str, Any],
+    companions: Sequence[Path] = (),
     max_shard_bytes: int = DEFAULT_MAX_SHARD_BYTES,
     progress: Progress | None = None,
 ) -> int:
@@ -184,6 +192,7 @@ def write_shards(
     Args:
         pieces: yields the values of one tensor, in row-major order, in its dtype; called once per
             tensor. At most one piece is held at a time.
+        companions: files copied beside the weights and committed with them.
         max_shard_bytes: a larger tensor gets a shard of its own.
 
     Returns:
@@ -215,6 +224,11 @@ def write_shards(
             pending[file] = directory / (file + _PARTIAL)
             with pending[file].open("wb") as out:
                 _write_file(out, shard, pieces, advance)
+                _flush(out)
+        for source in companions:
+            pending[source.name] = directory / (source.name + _PARTIAL)
+            with source.open("rb") as text, pending[source.name].open("wb") as out:
+                shutil.copyfileobj(text, out)
                 _flush(out)
         pending[CONFIG_FILE] = _write_json(directory, CONFIG_FILE, config)
         if len(shards) > 1:
@@ -316,9 +330,8 @@ def _commit(directory: Path, pending: Mapping[str, Path]) -> None:
 
 
 def _remove_stale_partials(directory: Path) -> None:
-    for pattern in (f"*.safetensors{_PARTIAL}", f"*.json{_PARTIAL}"):
-        for path in directory.glob(pattern):
-            path.unlink()
+    for path in directory.glob(f"*{_PARTIAL}"):
+        path.unlink()
 
 
 def _flush(out: BinaryIO) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Rows:
-    """A growing [n, width] tensor with amortised appends (capacity doubles)."""
+    """A growing [n, width] tensor with amortised appends and at most an eighth to spare."""
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
@@ -24,16 +24,19 @@ class Rows:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the rows in use (not of the spare capacity)."""
-        if self._buffer is None:
-            return 0
-        return self._count * self._buffer.shape[1] * self._buffer.element_size()
+        """Bytes allocated."""
+        return 0 if self._buffer is None else self._buffer.nbytes
+
+    @property
+    def used_nbytes(self) -> int:
+        """Bytes of the rows in use, without the spare capacity."""
+        return 0 if self._buffer is None else self._buffer[: self._count].nbytes
 
     def append(self, rows: Tensor) -> None:
         """Copy ``rows`` [k, width] to the end."""
         need = self._count + rows.shape[0]
         if self._buffer is None or need > self._buffer.shape[0]:
-            capacity = max(need, 2 * self._count, 16)
+            capacity = max(need, self._count + self._count // 8, 16)
             grown = rows.new_empty(capacity, rows.shape[1])
             if self._buffer is not None:
                 grown[: self._count] = self._buffer[: self._count]
@@ -76,16 +79,25 @@ class LayerState:
 
     @property
     def compressed_nbytes(self) -> int:
-        parts = (self.compressed, self.index)
-        return sum(part.entries.nbytes for part in parts if part is not None)
+        """Bytes of the compressed entries in use."""
+        return sum(rows.used_nbytes for rows in self._rows())
+
+    @property
+    def allocated_nbytes(self) -> int:
+        """Bytes allocated for compressed entries."""
+        return sum(rows.nbytes for rows in self._rows())
+
+    def _rows(self) -> list[Rows]:
+        return [part.entries for part in (self.compressed, self.index) if part is not None]
 
     @property
     def fixed_nbytes(self) -> int:
+        """Bytes of the window and the unfinished groups."""
         tensors = [] if self.window is None else [self.window]
         for part in (self.compressed, self.index):
             if part is not None:
                 tensors += part.tensors()
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for t in tensors)
 
 
 class SequenceState:
@@ -99,14 +111,14 @@ class SequenceState:
 
     @property
     def compressed_nbytes(self) -> int:
-        """Bytes that grow with the sequence."""
+        """Bytes of compressed entries in use: the part a formula gives, spare rows left out."""
         return sum(layer.compressed_nbytes for layer in (*self.layers, *self.mtp))
 
     @property
     def nbytes(self) -> int:
-        """All bytes held, spare capacity not counted."""
-        fixed = sum(layer.fixed_nbytes for layer in (*self.layers, *self.mtp))
-        return fixed + self.compressed_nbytes
+        """All bytes allocated, spare capacity included."""
+        layers = (*self.layers, *self.mtp)
+        return sum(layer.fixed_nbytes + layer.allocated_nbytes for layer in layers)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The V4 network: token ids in, logits out, for inference with state and for training.
 
 The path of a token: embed -> M equal residual streams -> blocks -> merged streams -> norm -> head
-(report section 2; spec numbering in docstrings of the parts). Parameter names are the official
-checkpoint's. Inference takes ragged batches: any mix of prefill chunks and decode steps of any
-sequences, so that a scheduler needs one entry point.
+(technical report, arXiv 2606.19348, section 2; "report" and a number mean it throughout). Parameter
+names are the official checkpoint's. Inference takes ragged batches: any mix of prefill chunks and
+decode steps of any sequences, so that a scheduler needs one entry point.
 """
 
 from __future__ import annotations
