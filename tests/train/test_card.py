@@ -82,7 +82,7 @@ def test_every_number_comes_from_a_file(folders: tuple[Path, Path, Path]) -> Non
         "| learning rate | 0.0123, cosine to 0.00025 |",
         "| indexers trained | from step 2 |",
         "| MTP block trained | from step 3 |",
-        "| 70 - 100 % | 60 - 4096 | 5120 | 25 % | 0 % |",
+        "| 80 - 100 % | 60 - 4096 | 5120 | 20 % | 5 % |",
         "| think | first | <= 512 | 20 | 75.0 (11.0-99.0) |",
         "| both | first | all | 20 | 75.0 (11.0-99.0) |",
         "| non-think | first | 10 | 90.0 (11.0-99.0) |",

@@ -281,7 +281,9 @@ def _honoured(sent: float | None, resolved: float | None) -> float:
     if resolved is None:
         return 1.0
     is_kept = sent is not None and math.isclose(sent, resolved, rel_tol=1e-6)
-    return float(sent) if sent is not None and is_kept else float(resolved)
+    if sent is not None and is_kept:
+        return float(sent)
+    return max(round(float(resolved), 6), 1e-6)  # the recipe's own value, without float32's tail
 
 
 def _or(value: float | None, default: float) -> float:

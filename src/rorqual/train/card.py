@@ -52,6 +52,11 @@ tool declarations with a request, one call in DSML, its result and the answer; a
 In non-think and think mode. One (entity, attribute) combination in ten and one combination of tool
 arguments in ten are reserved for evaluation: training states none of them and asks for none."""
 
+_STARTING_WEIGHTS = (
+    "random, with compressed attention set up to search for like tokens and copy what it finds "
+    "(rorqual.model.initial); every weight trained from there"
+)
+
 _LIMITS = """\
 - It knows nothing but these tasks: English sentences of the generator's forms, in everyday words.
   Other wording, other languages and general questions get nonsense, told with confidence.
@@ -69,6 +74,8 @@ class Run(NamedTuple):
     """Empty where not recorded."""
     losses: list[dict[str, str]]
     """Rows of ``loss.csv``."""
+    start: str | None
+    """Model folder whose weights it began with, if any."""
 
 
 def read_run(run_dir: Path) -> Run:
@@ -81,11 +88,13 @@ def read_run(run_dir: Path) -> Run:
     if file.is_file():
         record = _read_json(file)
         settings, machine = record["train"], record["machine"]
+        start = record.get("start")
     else:
         checkpoint = latest_run_state(run_dir)
         if checkpoint is None:
             raise CheckpointError(f"{run_dir}: neither {RUN_FILE} nor a checkpoint")
         settings, machine = load_run_state(checkpoint)["settings"]["train"], {}
+        start = None
     try:
         with (run_dir / "loss.csv").open(newline="", encoding="utf-8") as table:
             losses = list(csv.DictReader(table))
@@ -93,7 +102,7 @@ def read_run(run_dir: Path) -> Run:
         raise CheckpointError(f"{run_dir / 'loss.csv'}: {error.strerror}") from None
     if not losses:
         raise CheckpointError(f"{run_dir / 'loss.csv'}: no step is recorded")
-    return Run(settings, machine, losses)
+    return Run(settings, machine, losses, start)
 
 
 def write_card(model_dir: Path, run_dir: Path, report_file: Path) -> Path:
@@ -167,6 +176,7 @@ def _training(run: Run, has_picture: bool) -> str:
         ["wall time", f"{wall_s / 60:.0f} minutes, held-out checks included"],
         ["speed", f"{speed:,.0f} tokens/s (median step)"],
         ["hardware", _machine(run.machine)],
+        ["starting weights", run.start or _STARTING_WEIGHTS],
         ["seed", str(settings["seed"])],
         ["tokens per step", f"{settings['tokens_per_step']:,} with padding"],
         ["optimiser", "Muon for matrices, AdamW for the rest"],
