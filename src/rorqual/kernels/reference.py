@@ -123,6 +123,17 @@ def simulate_fp4(x: Tensor, block: int) -> Tensor:
     return q.flatten(-2)[..., : x.shape[-1]].to(x.dtype)
 
 
+def round_entry(x: Tensor, rope_dim: int) -> Tensor:
+    """A key/value entry [..., C] as the official record keeps it: FP8 except the rotated dims."""
+    keep = x.shape[-1] - rope_dim
+    return torch.cat((simulate_fp8(x[..., :keep], 64), x[..., keep:]), dim=-1)
+
+
+def round_index(x: Tensor) -> Tensor:
+    """An indexer query or key [..., C] in the official precision: Hadamard, then FP4."""
+    return simulate_fp4(hadamard(x), 32)
+
+
 def dequantize_fp8(weight_OI: Tensor, scale: Tensor, *, block: int = 128) -> Tensor:
     """float32 value of an e4m3 matrix [out, in] with one e8m0 scale per block x block tile."""
     out, width = weight_OI.shape
@@ -232,6 +243,12 @@ def indexer_scores(q_THC: Tensor, weight_TH: Tensor, key_SC: Tensor) -> Tensor:
     """Lightning indexer: score[t, s] = sum_h w[t, h] relu(q[t, h] . k[s]); float32 [T, S]."""
     dots = torch.einsum("thc,sc->ths", wide(q_THC), wide(key_SC)).relu()
     return (dots * wide(weight_TH).unsqueeze(-1)).sum(-2)
+
+
+def visible_entries(num_entries: int, visible_T: Tensor) -> Tensor:
+    """Every visible entry of each query: int64 [T, num_entries], -1 from ``visible_T[t]`` on."""
+    every = torch.arange(num_entries, device=visible_T.device)
+    return torch.where(every < visible_T.unsqueeze(-1), every, -1)
 
 
 def select_entries(scores_TS: Tensor, visible_T: Tensor, topk: int) -> Tensor:

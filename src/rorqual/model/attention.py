@@ -116,8 +116,7 @@ class Attention(nn.Module):
         q = reference.rotate(reference.rms_norm(q, None, self.eps), *rotation.per_head())
         kv = reference.rotate(self.kv_norm(self.wkv(x)), *rotation)
         if self.official:
-            keep = self.head_dim - self.rope_dim
-            kv = torch.cat((reference.simulate_fp8(kv[..., :keep], 64), kv[..., keep:]), dim=-1)
+            kv = reference.round_entry(kv, self.rope_dim)
         return latent, q, kv
 
     def _index_inputs(
@@ -151,10 +150,7 @@ class Attention(nn.Module):
                 return None
             return self.indexer.select(q[here], weight[here], keys_SC, visible_T)
         count = len(state.compressed.entries)
-        if count == 0:
-            return None
-        every = torch.arange(count, device=visible_T.device)
-        return torch.where(every < visible_T.unsqueeze(-1), every, -1)
+        return reference.visible_entries(count, visible_T) if count else None
 
     def _attend(
         self, q_THC: Tensor, kv_TC: Tensor, state: LayerState, chosen_TK: Tensor | None

@@ -102,11 +102,8 @@ class Compressor(nn.Module):
         if not self.official:
             return entries
         if self.rotated:
-            return reference.simulate_fp4(reference.hadamard(entries), 32)
-        keep = self.width - self.rope_dim
-        return torch.cat(
-            (reference.simulate_fp8(entries[..., :keep], 64), entries[..., keep:]), dim=-1
-        )
+            return reference.round_index(entries)
+        return reference.round_entry(entries, self.rope_dim)
 
 
 def _with_previous(current: Tensor, previous: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Indexer(nn.Module):
         q = self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim))
         q = reference.rotate(q, *rotation.per_head())
         if self.official:
-            q = reference.simulate_fp4(reference.hadamard(q), 32)
+            q = reference.round_index(q)
         weight = self.weights_proj(x) * (self.head_dim**-0.5 * self.num_heads**-0.5)
         return q, weight
 
@@ -57,8 +57,7 @@ class Indexer(nn.Module):
         Queries are scored in blocks, so that memory does not grow with chunk times context.
         """
         if keys_SC.shape[0] <= self.topk:  # everything visible is selected: no need to score
-            every = torch.arange(keys_SC.shape[0], device=keys_SC.device)
-            return torch.where(every < visible_T.unsqueeze(-1), every, -1)
+            return reference.visible_entries(keys_SC.shape[0], visible_T)
         step = max(1, _SCORE_LIMIT // (self.num_heads * keys_SC.shape[0]))
         blocks = zip(q_THC.split(step), weight_TH.split(step), visible_T.split(step), strict=True)
         return torch.cat(

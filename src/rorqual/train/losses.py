@@ -98,3 +98,19 @@ def _cross_entropy(
     """Per-token loss at the places marked in ``where_BT``, float32."""
     logits = model.project(hidden_BTD[where_BT])
     return functional.cross_entropy(logits.float(), targets_BT[where_BT], reduction="none")
+
+
+def backward(
+    model: Transformer,
+    batch: PackedBatch,
+    task_BT: Tensor,
+    weights: LossWeights,
+    *,
+    bf16: bool,
+    share: float = 1.0,
+) -> Losses:
+    """Accumulate ``share`` of the batch's gradient in ``.grad``; returns losses without graph."""
+    with torch.autocast(batch.tokens_BT.device.type, torch.bfloat16, enabled=bf16):
+        losses = compute_losses(model, batch, task_BT, weights)
+    (losses.total * share).backward()
+    return losses.detached()

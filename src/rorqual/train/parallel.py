@@ -22,7 +22,7 @@ from rorqual.errors import TrainingError
 from rorqual.model.packed import PackedBatch, RouterStats
 from rorqual.model.transformer import Transformer
 from rorqual.train.allocator import keep_memory
-from rorqual.train.losses import Losses, LossWeights, compute_losses
+from rorqual.train.losses import Losses, LossWeights, backward
 from rorqual.train.packing import NO_TARGET
 
 _STOP_S = 5.0
@@ -140,10 +140,7 @@ def _split(
 
 
 def _backward(model: Transformer, part: _Part, *, bf16: bool) -> Losses:
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        losses = compute_losses(model, part.batch, part.task_BT, part.weights)
-    (losses.total * part.share).backward()
-    return losses.detached()
+    return backward(model, part.batch, part.task_BT, part.weights, bf16=bf16, share=part.share)
 
 
 def _merge(losses: list[Losses], shares: list[float]) -> Losses:

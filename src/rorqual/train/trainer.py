@@ -11,7 +11,7 @@ from rorqual.model.gate import Gate
 from rorqual.model.packed import RouterStats
 from rorqual.model.transformer import Transformer
 from rorqual.train.batches import Batch
-from rorqual.train.losses import Losses, LossWeights, compute_losses
+from rorqual.train.losses import Losses, LossWeights, backward
 from rorqual.train.optim import Optimizer
 from rorqual.train.parallel import GradientWorkers
 from rorqual.train.schedule import TrainConfig, learning_rate, loss_weights
@@ -61,12 +61,13 @@ class Trainer:
         pack = batch.pack
         if self.workers is not None:
             return self.workers.backward(pack.batch, pack.task_BT, weights)
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.config.bf16):
-            losses = compute_losses(
-                self.model, pack.batch.to(self.device), pack.task_BT.to(self.device), weights
-            )
-        losses.total.backward()
-        return losses
+        return backward(
+            self.model,
+            pack.batch.to(self.device),
+            pack.task_BT.to(self.device),
+            weights,
+            bf16=self.config.bf16,
+        )
 
     def _is_good(self, losses: Losses, norm: float) -> bool:
         if bool(torch.isfinite(losses.total)) and norm < float("inf"):
