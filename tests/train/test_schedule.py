@@ -86,3 +86,12 @@ def test_the_default_curriculum_ends_at_full_document_length() -> None:
 def test_settings_that_disagree_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**fields)
+
+
+def test_continued_training_meets_long_documents_early_and_keeps_what_is_asked_for() -> None:
+    config = TrainConfig.continued(minutes=7, lr_peak=1e-3)
+    assert (config.minutes, config.lr_peak) == (7, 1e-3)
+    halfway = stage_index(config, 0.56)
+    longest = config.stages[halfway].difficulty.max_document_tokens
+    assert longest > 3000
+    assert loss_weights(config, 0.56).indexer > 0

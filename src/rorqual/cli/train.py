@@ -34,7 +34,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="directory with tokenizer.json (default: that of the built-in nano-flash)",
     )
     parser.add_argument(
-        "--start", type=Path, metavar="MODEL", help="begin with the weights of this model folder"
+        "--start",
+        type=Path,
+        metavar="MODEL",
+        help="continue from the weights of this model folder, on longer documents from the outset; "
+        "take a new --seed, or it sees its old samples again",
     )
     parser.add_argument("--minutes", type=float, help="time budget (default: 100)")
     parser.add_argument("--steps", type=positive_int, help="stop after this many updates")
@@ -65,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     config = PRESETS.get(args.config) or read_config(Path(args.config))
     path = pretrain.run(
         config,
-        TrainConfig(**fields),
+        TrainConfig.continued(**fields) if args.start else TrainConfig(**fields),
         args.tokenizer or _built_in_tokenizer(),
         args.run_dir,
         start=args.start,

@@ -61,7 +61,9 @@ def _word(rng: Random) -> str:
     draw = rng.random()
     if draw < 0.12:
         return lexicon.number(rng)
-    if draw < 0.2:
+    if draw < 0.24:
+        return lexicon.code(rng)
+    if draw < 0.32:
         return lexicon.made_up_name(rng)
     return rng.choice(_POOL)
 

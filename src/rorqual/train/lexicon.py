@@ -102,11 +102,14 @@ def number(rng: Random) -> str:
 
 
 def code(rng: Random) -> str:
-    """An identifier such as ``QX-472`` or ``4712``."""
-    if rng.random() < 0.5:
+    """An identifier such as ``QX-472``, ``B1533`` or ``4712``."""
+    form = rng.random()
+    if form < 0.4:
         return str(rng.randint(1000, 9999))
     letters = "".join(rng.choice("ABCDEFGHJKLMNPQRSTUVWXYZ") for _ in range(2))
-    return f"{letters}-{rng.randint(10, 999)}"
+    if form < 0.7:
+        return f"{letters}-{rng.randint(10, 999)}"
+    return f"{letters[0]}{rng.randint(100, 9999)}"
 
 
 def year(rng: Random) -> str:

@@ -49,6 +49,14 @@ DEFAULT_STAGES = (
     _stage(1.0, (60, 4096), 5120, 0.2, 0.05),
 )
 
+# For weights that already look things up: length soon, so that the indexers see documents longer
+# than what every query attends to.
+CONTINUED_STAGES = (
+    _stage(0.2, (40, 500), 1280, 0.25, 0.15),
+    _stage(0.55, (60, 1200), 1664, 0.25, 0.1),
+    _stage(1.0, (60, 3700), 5120, 0.25, 0.05),
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -118,6 +126,18 @@ class TrainConfig:
                     f"max_sample_tokens must be a multiple of {ALIGNMENT} and at most "
                     f"tokens_per_step = {self.tokens_per_step}, got {row}"
                 )
+
+    @classmethod
+    def continued(cls, **fields: Any) -> TrainConfig:
+        """Settings for weights that were trained before; ``fields`` override."""
+        base: dict[str, Any] = {
+            "stages": CONTINUED_STAGES,
+            "lr_peak": 3e-3,
+            "warmup_steps": 40,
+            "decay_start": 0.35,
+            "indexer_start": 0.45,
+        }
+        return cls(**{**base, **fields})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested data, for checkpoints and the model card."""
