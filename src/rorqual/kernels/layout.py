@@ -1,4 +1,4 @@
-"""Where the native engine keeps what a sequence remembers: byte layouts, computed from shapes alone.
+"""Where the native engine keeps what a sequence remembers: byte layouts, from shapes alone.
 
 Two memories, as in the report (3.5.1):
 
@@ -25,9 +25,9 @@ MAX_REWIND = 8
 _ALIGNMENT = 64
 
 EntryFormat = Literal["fp32", "bf16", "record"]
-"""``record``: FP8 with one power-of-two scale per 64 dims, rotated dims BF16 (584 B for 512+64)."""
+"""``record``: FP8, one power-of-two scale per 64 dims; rotated dims BF16 (584 B for 512 + 64)."""
 KeyFormat = Literal["fp32", "int8", "fp4"]
-"""``int8``: one float32 scale per key; ``fp4``: one power-of-two scale per 32 dims (68 B for 128)."""
+"""``int8``: one float32 scale per key; ``fp4``: a power-of-two scale per 32 dims (68 B for 128)."""
 
 _RECORD_SCALE_DIMS = 64
 _FP4_SCALE_DIMS = 32
