@@ -155,3 +155,9 @@ def test_prefetched_batches_are_those_made_in_turn(tokenizer: Tokenizer) -> None
     with Prefetcher(BatchMaker(tokenizer, seed=4, tokens_per_step=1280)) as batches:
         for batch in expected:
             assert packs_equal(batches.next(EASY, EASY).pack, batch.pack)
+
+
+def test_every_process_gets_a_row_even_where_one_fills_the_step(tokenizer: Tokenizer) -> None:
+    row = EASY.max_sample_tokens
+    maker = BatchMaker(tokenizer, seed=5, tokens_per_step=row, min_rows=2)
+    assert maker.make(EASY).pack.batch.tokens_BT.shape == (2, row)

@@ -77,8 +77,11 @@ class BatchMaker:
         *,
         seed: int,
         tokens_per_step: int,
+        min_rows: int = 1,
         state: BatchState | None = None,
     ) -> None:
+        """min_rows: take more than ``tokens_per_step`` where fewer rows than this would fit."""
+        self._min_rows = min_rows
         self._tokens_per_step = tokens_per_step
         self._pad_id = tokenizer.pad_id
         self._stream = SampleStream(
@@ -89,7 +92,7 @@ class BatchMaker:
     def make(self, difficulty: Difficulty) -> Batch:
         """The next batch at ``difficulty``."""
         row_tokens = difficulty.max_sample_tokens
-        num_rows = max(1, self._tokens_per_step // row_tokens)
+        num_rows = max(self._min_rows, self._tokens_per_step // row_tokens)
         # Shorter rows than before, as a resumed run may have, take none of the longer samples.
         self._waiting = [s for s in self._waiting if len(s) <= row_tokens]
         blocks = sum(num_blocks(s) for s in self._waiting)

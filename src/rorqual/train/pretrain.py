@@ -175,6 +175,7 @@ class _Session:
             self._tokenizer,
             seed=config.seed,
             tokens_per_step=config.tokens_per_step,
+            min_rows=config.num_processes,  # a row is not shared: one process would wait
             state=self._data,
         )
         saved_s = evaluated_s = self._elapsed_s

@@ -67,7 +67,8 @@ class TrainConfig:
     minutes: float | None = 100.0
     """Time budget in minutes of training, evaluation and checkpoints included."""
     tokens_per_step: int = 5120
-    """Places per step, padding included; each stage uses as many rows as fit."""
+    """Places per step, padding included; each stage uses as many rows as fit, and at least one
+    for each process."""
     stages: tuple[Stage, ...] = DEFAULT_STAGES
     lr_peak: float = 4e-3
     lr_end: float = 2.5e-4
