@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -12,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rorqual.engine.cache.config import Admission
 from rorqual.engine.engine import Engine, EngineConfig
 from rorqual.engine.handle import Handle
 from rorqual.engine.request import Request, SamplingParams, TokenOutput, Usage
 from rorqual.engine.scheduler import SchedulerLimits
+from rorqual.engine.torch_backend import TorchBackend
 from rorqual.errors import (
     ConfigError,
     EngineClosedError,
@@ -77,7 +78,7 @@ def turnstile() -> Turnstile:
 @pytest.fixture
 def held(turnstile: Turnstile) -> Iterator[Engine]:
     """An engine that waits at ``turnstile`` before every forward."""
-    engine = Engine(FakeModel(before_forward=turnstile), SMALL)
+    engine = Engine(TorchBackend(FakeModel(before_forward=turnstile)), SMALL)
     yield engine
     turnstile.admit(10_000)
     engine.close(drain=False, timeout_s=TIMEOUT_S)
@@ -91,7 +92,7 @@ prompts = st.lists(
 @settings(max_examples=25, deadline=None)
 @given(prompts)
 def test_batched_chunked_generation_equals_each_prompt_alone(batch: list[list[int]]) -> None:
-    with Engine(FakeModel(), SMALL) as engine:
+    with Engine(TorchBackend(FakeModel()), SMALL) as engine:
         handles = [engine.submit(request(prompt)) for prompt in batch]
         results = [handle.result(TIMEOUT_S) for handle in handles]
     for prompt, result in zip(batch, results, strict=True):
@@ -105,7 +106,7 @@ def test_batched_chunked_generation_equals_each_prompt_alone(batch: list[list[in
 
 def test_prompt_chunks_and_decodes_share_steps_within_the_budget() -> None:
     model = FakeModel()
-    with Engine(model, SMALL) as engine:
+    with Engine(TorchBackend(model), SMALL) as engine:
         engine.submit(request(range(100))).result(TIMEOUT_S)
         handles = [engine.submit(request([1, 2], GREEDY.replace(max_tokens=40)))]
         handles += [engine.submit(request(range(50 + i))) for i in range(2)]
@@ -117,7 +118,7 @@ def test_prompt_chunks_and_decodes_share_steps_within_the_budget() -> None:
 
 
 def test_iteration_streams_one_token_at_a_time_with_usage_on_the_first_and_last() -> None:
-    with Engine(FakeModel(), SMALL) as engine:
+    with Engine(TorchBackend(FakeModel()), SMALL) as engine:
         handle = engine.submit(request([5, 6, 7]))
         outputs = list(handle)
     assert [o.token_ids for o in outputs] == [(t,) for t in greedy([5, 6, 7], 6)]
@@ -138,7 +139,7 @@ class _CachedPrefix(FakeModel):
 
 
 def test_cache_hits_are_known_from_the_first_output() -> None:
-    with Engine(_CachedPrefix(), SMALL) as engine:
+    with Engine(TorchBackend(_CachedPrefix()), SMALL) as engine:
         first = next(iter(engine.submit(request([5, 6, 7]))))
     assert first.usage == Usage(prompt_tokens=3, cached_tokens=1, completion_tokens=1)
     assert first.token_ids == greedy([5, 6, 7], 1)
@@ -152,7 +153,7 @@ def test_callback_gets_every_output_on_the_engines_thread() -> None:
         outputs.append(output)
         threads.add(threading.current_thread().name)
 
-    with Engine(FakeModel(), SMALL) as engine:
+    with Engine(TorchBackend(FakeModel()), SMALL) as engine:
         handle = engine.submit(
             Request(prompt_ids=[4], sampling=GREEDY, request_id="r", on_output=on_output)
         )
@@ -165,7 +166,7 @@ def test_a_callback_that_raises_loses_only_its_own_request() -> None:
     def on_output(output: TokenOutput) -> None:
         raise OSError("the reader went away")
 
-    with Engine(FakeModel(), SMALL) as engine:
+    with Engine(TorchBackend(FakeModel()), SMALL) as engine:
         bad = engine.submit(
             Request(prompt_ids=[4], sampling=GREEDY, request_id="bad", on_output=on_output)
         )
@@ -177,7 +178,7 @@ def test_a_callback_that_raises_loses_only_its_own_request() -> None:
 def test_stop_token_ends_the_answer_and_is_not_emitted() -> None:
     expected = greedy([1, 2, 3], 6)
     stop = expected[3]
-    with Engine(FakeModel(), SMALL) as engine:
+    with Engine(TorchBackend(FakeModel()), SMALL) as engine:
         params = GREEDY.replace(stop_token_ids=(stop,))
         result = engine.submit(request([1, 2, 3], params)).result(TIMEOUT_S)
     assert result.token_ids == expected[: expected.index(stop)]
@@ -188,7 +189,7 @@ def test_stop_token_ends_the_answer_and_is_not_emitted() -> None:
 
 def test_answer_ends_with_length_where_the_context_is_full() -> None:
     config = EngineConfig(limits=SMALL.limits, max_context_tokens=10)
-    with Engine(FakeModel(), config) as engine:
+    with Engine(TorchBackend(FakeModel()), config) as engine:
         result = engine.submit(request(range(7))).result(TIMEOUT_S)
         with pytest.raises(PromptTooLongError, match="10"):
             engine.submit(request(range(10)))
@@ -198,18 +199,23 @@ def test_answer_ends_with_length_where_the_context_is_full() -> None:
 
 def test_context_never_exceeds_the_models() -> None:
     config = EngineConfig(max_context_tokens=10**9)
-    with Engine(FakeModel(TINY.replace(max_position_embeddings=100)), config) as engine:
+    with Engine(
+        TorchBackend(FakeModel(TINY.replace(max_position_embeddings=100))), config
+    ) as engine:
         assert engine.max_context_tokens == 100
 
 
 def test_token_outside_the_vocabulary_is_the_callers_mistake() -> None:
-    with Engine(FakeModel(), SMALL) as engine, pytest.raises(RequestError, match="4096"):
+    with (
+        Engine(TorchBackend(FakeModel()), SMALL) as engine,
+        pytest.raises(RequestError, match="4096"),
+    ):
         engine.submit(request([1, 4096]))
 
 
 def test_same_seed_same_tokens_whatever_runs_beside_it() -> None:
     params = SamplingParams(max_tokens=8, temperature=1.0, top_p=0.95, seed=7)
-    with Engine(FakeModel(), SMALL) as engine:
+    with Engine(TorchBackend(FakeModel()), SMALL) as engine:
         alone = engine.submit(request([3, 1], params)).result(TIMEOUT_S)
         crowd = [engine.submit(request(range(30 + i), GREEDY)) for i in range(2)]
         crowded = engine.submit(request([3, 1], params)).result(TIMEOUT_S)
@@ -221,7 +227,7 @@ def test_same_seed_same_tokens_whatever_runs_beside_it() -> None:
 
 
 def test_logprobs_come_with_their_tokens() -> None:
-    with Engine(FakeModel(), SMALL) as engine:
+    with Engine(TorchBackend(FakeModel()), SMALL) as engine:
         result = engine.submit(request([8], GREEDY.replace(logprobs=2))).result(TIMEOUT_S)
         without = engine.submit(request([8])).result(TIMEOUT_S)
     assert without.logprobs is None
@@ -270,7 +276,7 @@ def test_cancel_while_waiting_never_runs_and_keeps_the_order(
 
 
 def test_cancel_after_the_end_changes_nothing() -> None:
-    with Engine(FakeModel(), SMALL) as engine:
+    with Engine(TorchBackend(FakeModel()), SMALL) as engine:
         handle = engine.submit(request([1]))
         before = handle.result(TIMEOUT_S)
         handle.cancel()
@@ -306,7 +312,7 @@ class _Exploding(FakeModel):
 
 
 def test_failing_model_fails_its_request_and_the_engine_goes_on() -> None:
-    with Engine(_Exploding(), SMALL) as engine:
+    with Engine(TorchBackend(_Exploding()), SMALL) as engine:
         bad = engine.submit(request([1, POISON])).result(TIMEOUT_S)
         good = engine.submit(request([1, 2])).result(TIMEOUT_S)
         stats = engine.stats()
@@ -321,10 +327,10 @@ def test_failing_model_fails_its_request_and_the_engine_goes_on() -> None:
 def test_a_request_that_breaks_the_model_takes_no_other_with_it() -> None:
     sampled = SamplingParams(max_tokens=12, temperature=1.0, frequency_penalty=0.5, seed=3)
     prompts: list[list[int]] = [[1, 2], [3, 4, 5] * 9]  # one decodes, one is half read
-    with Engine(_Exploding(), SMALL) as engine:
+    with Engine(TorchBackend(_Exploding()), SMALL) as engine:
         alone = [engine.submit(request(p, sampled)).result(TIMEOUT_S) for p in prompts]
     turnstile = Turnstile()
-    with Engine(_Exploding(before_forward=turnstile), SMALL) as engine:
+    with Engine(TorchBackend(_Exploding(before_forward=turnstile)), SMALL) as engine:
         handles = [engine.submit(request(prompts[0], sampled))]
         turnstile.reached()
         turnstile.admit(2)
@@ -345,7 +351,7 @@ def test_a_request_that_breaks_the_model_takes_no_other_with_it() -> None:
 
 def test_strangers_failures_do_not_add_up_against_a_long_request() -> None:
     turnstile = Turnstile()
-    with Engine(_Exploding(before_forward=turnstile), SMALL) as engine:
+    with Engine(TorchBackend(_Exploding(before_forward=turnstile)), SMALL) as engine:
         long = engine.submit(request([1, 2], GREEDY.replace(max_tokens=40)))
         turnstile.reached()
         for _ in range(8):
@@ -370,7 +376,7 @@ class _NoCompany(FakeModel):
 
 
 def test_a_model_that_fails_again_and_again_ends_its_requests() -> None:
-    with Engine(_NoCompany(), SMALL) as engine:
+    with Engine(TorchBackend(_NoCompany()), SMALL) as engine:
         handles = [engine.submit(request([i], GREEDY.replace(max_tokens=200))) for i in range(2)]
         results = [handle.result(TIMEOUT_S) for handle in handles]
         steps = engine.stats().num_steps
@@ -387,7 +393,7 @@ class _BrokenLogits(FakeModel):
 
 
 def test_logits_that_are_not_finite_fail_only_their_own_request() -> None:
-    with Engine(_BrokenLogits(), SMALL) as engine:
+    with Engine(TorchBackend(_BrokenLogits()), SMALL) as engine:
         good = engine.submit(request([1], GREEDY.replace(max_tokens=4)))
         bad = engine.submit(request([1, 2, 3, 4, 5]))
         assert good.result(TIMEOUT_S).token_ids == greedy([1], 4)
@@ -399,32 +405,43 @@ def test_logits_that_are_not_finite_fail_only_their_own_request() -> None:
 
 def test_a_thread_count_no_machine_has_is_refused() -> None:
     with pytest.raises(ConfigError, match="num_threads"):
-        EngineConfig(num_threads=2**40)
+        TorchBackend(FakeModel(), num_threads=2**40)
 
 
-def test_an_engine_whose_thread_fails_at_start_says_it_is_closed() -> None:
-    config = EngineConfig(num_threads=1)
-    object.__setattr__(config, "num_threads", "two")  # as if torch refused it
-    engine = Engine(FakeModel(), config)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not engine.is_closed and time.monotonic() < deadline:
-        time.sleep(0.01)
+class _Broken(TorchBackend):
+    """Fails where nothing guards against it."""
+
+    def admit(self, num_tokens: int) -> Admission:
+        raise RuntimeError("a bug")
+
+
+def test_a_bug_in_the_backend_closes_the_engine_and_leaves_nobody_waiting() -> None:
+    engine = Engine(_Broken(FakeModel()), SMALL)
+    result = engine.submit(request([1])).result(TIMEOUT_S)
+    assert result.finish_reason == "error"
+    assert engine.is_closed
     with pytest.raises(EngineClosedError):
         engine.submit(request([1]))
+    engine.close()
 
 
-class _NoState(FakeModel):
-    """Gives something that is no state, which nothing guards against."""
-
-    def new_state(self) -> FakeState:
-        return None  # type: ignore[return-value]
-
-
-def test_a_request_whose_start_breaks_the_engine_gets_an_error() -> None:
-    with Engine(_NoState(), SMALL) as engine:
-        result = engine.submit(request([1])).result(5)
-        assert engine.is_closed
+def test_a_request_past_its_deadline_ends_with_an_error_wherever_it_is(
+    held: Engine, turnstile: Turnstile
+) -> None:
+    slow = Request(prompt_ids=[1], sampling=GREEDY, request_id="slow", deadline_s=1e-9)
+    others = [held.submit(request([i])) for i in range(2)]
+    turnstile.reached()
+    late = held.submit(slow)
+    turnstile.admit(100)
+    result = late.result(TIMEOUT_S)
     assert result.finish_reason == "error"
+    assert "deadline of 1e-09 s" in (result.error or "")
+    assert all(other.result(TIMEOUT_S).finish_reason == "length" for other in others)
+
+
+def test_a_deadline_must_be_in_the_future() -> None:
+    with pytest.raises(RequestError, match="deadline_s"):
+        Request(prompt_ids=[1], sampling=GREEDY, request_id="r", deadline_s=0.0)
 
 
 class _NoMemory(FakeModel):
@@ -433,14 +450,14 @@ class _NoMemory(FakeModel):
 
 
 def test_a_state_that_cannot_be_made_fails_the_request() -> None:
-    with Engine(_NoMemory(), SMALL) as engine:
+    with Engine(TorchBackend(_NoMemory()), SMALL) as engine:
         result = engine.submit(request([1])).result(TIMEOUT_S)
     assert result.finish_reason == "error"
     assert result.error == "MemoryError: no room for a cache"
 
 
 def test_closing_drains_by_default() -> None:
-    engine = Engine(FakeModel(), SMALL)
+    engine = Engine(TorchBackend(FakeModel()), SMALL)
     handles = [engine.submit(request([i])) for i in range(4)]
     engine.close(timeout_s=TIMEOUT_S)
     assert [h.result(0).token_ids for h in handles] == [greedy([i], 6) for i in range(4)]
@@ -451,7 +468,7 @@ def test_closing_drains_by_default() -> None:
 
 def test_closed_from_the_moment_requests_are_refused() -> None:
     turnstile = Turnstile()
-    engine = Engine(FakeModel(before_forward=turnstile), SMALL)
+    engine = Engine(TorchBackend(FakeModel(before_forward=turnstile)), SMALL)
     handle = engine.submit(request([1]))
     turnstile.reached()
     assert not engine.is_closed
@@ -465,7 +482,7 @@ def test_closed_from_the_moment_requests_are_refused() -> None:
 
 def test_closing_without_drain_cancels_running_and_waiting() -> None:
     turnstile = Turnstile()
-    engine = Engine(FakeModel(before_forward=turnstile), SMALL)
+    engine = Engine(TorchBackend(FakeModel(before_forward=turnstile)), SMALL)
     handles = [engine.submit(request([i], GREEDY.replace(max_tokens=10**6))) for i in range(4)]
     turnstile.reached()
     with pytest.raises(TimeoutError):
@@ -480,7 +497,7 @@ def test_leaving_the_block_by_an_exception_cancels() -> None:
     handles: list[Handle] = []
 
     def use() -> None:
-        with Engine(FakeModel(), SMALL) as engine:
+        with Engine(TorchBackend(FakeModel()), SMALL) as engine:
             handles.append(engine.submit(request([1], GREEDY.replace(max_tokens=10**6))))
             raise KeyboardInterrupt
 
@@ -501,7 +518,7 @@ def test_result_times_out_without_disturbing_the_request(
 
 
 def test_stats_count_what_was_computed() -> None:
-    with Engine(FakeModel(), SMALL) as engine:
+    with Engine(TorchBackend(FakeModel()), SMALL) as engine:
         engine.submit(request(range(20))).result(TIMEOUT_S)
         engine.submit(request(range(5))).result(TIMEOUT_S)
         stats = engine.stats()
@@ -513,7 +530,7 @@ def test_stats_count_what_was_computed() -> None:
 def test_many_threads_submit_at_once() -> None:
     results: dict[int, TokenOutput] = {}
     config = EngineConfig(limits=SMALL.limits, max_waiting=64)
-    with Engine(FakeModel(), config) as engine:
+    with Engine(TorchBackend(FakeModel()), config) as engine:
 
         def client(n: int) -> None:
             results[n] = engine.submit(request([n, n + 1])).result(TIMEOUT_S)

@@ -10,6 +10,7 @@ import torch
 from rorqual.engine.engine import Engine, EngineConfig
 from rorqual.engine.request import Request, SamplingParams
 from rorqual.engine.scheduler import SchedulerLimits
+from rorqual.engine.torch_backend import TorchBackend
 from rorqual.model.config import ModelConfig
 from rorqual.model.state import Segment
 from rorqual.model.transformer import Transformer
@@ -49,7 +50,7 @@ def network() -> Transformer:
 @pytest.fixture(scope="module")
 def engine(network: Transformer) -> Iterator[Engine]:
     limits = SchedulerLimits(max_running=4, max_step_tokens=32, min_chunk_tokens=5)
-    with Engine(network, EngineConfig(limits=limits)) as engine:
+    with Engine(TorchBackend(network), EngineConfig(limits=limits)) as engine:
         yield engine
 
 
@@ -133,7 +134,7 @@ def test_a_forward_that_raises_fails_its_requests_and_serving_goes_on(
         raise RuntimeError("out of memory")
 
     hook = network.layers[2].register_forward_pre_hook(explode)
-    with Engine(network) as engine:
+    with Engine(TorchBackend(network)) as engine:
         failed = engine.submit(ask(ids, params)).result(TIMEOUT_S)
         hook.remove()
         served = engine.submit(ask(ids, params)).result(TIMEOUT_S)
@@ -153,7 +154,7 @@ def test_a_step_that_fails_half_way_changes_no_answer(network: Transformer) -> N
             raise RuntimeError("a passing fault")
 
     hook = network.layers[2].register_forward_pre_hook(explode_once)
-    with Engine(network) as engine:
+    with Engine(TorchBackend(network)) as engine:
         handles = [engine.submit(ask(ids, params)) for ids in cases]
         results = [handle.result(TIMEOUT_S) for handle in handles]
     hook.remove()

@@ -1,8 +1,8 @@
-"""The engine: one thread owns the model and every sequence's state.
+"""The engine: one thread owns a backend and every sequence on it.
 
 Callers submit requests from any thread; each turn of the loop is one ``step()``: admit and reap,
-schedule, forward, commit. Prompts are read in chunks beside decoding sequences in one ragged
-batch. Ids in, ids out; text, HTTP and prompts are other packages' business.
+advance the running sequences (``stepper.py``), publish. Prompts are read in chunks beside decoding
+sequences in one ragged batch. Ids in, ids out; text, HTTP and prompts are other packages' business.
 """
 
 from __future__ import annotations
@@ -11,25 +11,18 @@ import dataclasses
 import itertools
 import logging
 import threading
-from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from rorqual.engine import sampler
+from rorqual.engine.backend import Backend
 from rorqual.engine.handle import Handle
-from rorqual.engine.request import FinishReason, Request, TokenLogprob, TokenOutput, Usage
-from rorqual.engine.runner import Model, Work, forward
-from rorqual.engine.scheduler import (
-    SchedulerLimits,
-    num_admissible,
-    schedule,
-)
-from rorqual.engine.sequence import RunningSequence
+from rorqual.engine.request import FinishReason, Request
+from rorqual.engine.scheduler import SchedulerLimits
+from rorqual.engine.stepper import Stepper
 from rorqual.errors import (
     ConfigError,
     EngineClosedError,
@@ -41,9 +34,6 @@ from rorqual.errors import (
 _log = logging.getLogger(__name__)
 _WAIT_S = 60.0
 """Longest sleep of an idle engine before it looks around again."""
-_MAX_RESTARTS = 64
-"""Failed steps of others that a request survives: enough for a long answer, but an end."""
-_MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,19 +48,15 @@ class EngineConfig:
     max_waiting: int = 256
     """Requests queued before ``submit`` refuses."""
     max_context_tokens: int | None = None
-    """Prompt plus answer; None takes the model's ``max_position_embeddings``."""
-    num_threads: int | None = None
-    """Threads torch uses inside an operation; None leaves torch's choice."""
-    device: str = "cpu"
-    """Where the model's parameters are."""
+    """Prompt plus answer; None takes all the backend can."""
+    speculate: bool = True
+    """Guess tokens ahead where the backend can and it pays; never changes what is answered."""
 
     def __post_init__(self) -> None:
-        for name in ("max_waiting", "max_context_tokens", "num_threads"):
+        for name in ("max_waiting", "max_context_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be >= 1, got {value}")
-        if self.num_threads is not None and self.num_threads > _MAX_THREADS:
-            raise ConfigError(f"num_threads must be <= {_MAX_THREADS}, got {self.num_threads}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,38 +66,45 @@ class EngineStats:
     num_waiting: int
     num_running: int
     cache_bytes: int
-    """Bytes of all running sequences' states, after the last step."""
+    """Bytes the backend holds: running sequences and what is kept for later."""
     compressed_bytes: int
     """The part of them that grows with the context."""
     num_steps: int
+    num_preempted: int
+    """Times a sequence lost its memory to another and had to be read again."""
     prompt_tokens: int
     """Prompt tokens computed."""
     cached_tokens: int
     """Prompt tokens reused."""
     completion_tokens: int
+    drafted_tokens: int
+    """Guesses at tokens ahead, and how many were right."""
+    accepted_tokens: int
     finished: Mapping[FinishReason, int]
 
 
 class Engine:
-    """Serves requests with one model until closed.
+    """Serves requests on one backend until closed; then closes the backend too.
 
     Thread-safe. ``on_output`` callbacks run on the engine's thread and must not block or call
     ``close``. Use as a context manager, or ``close()`` it: leaving the block normally finishes
     what was submitted, leaving it by an exception cancels.
     """
 
-    def __init__(self, model: Model, config: EngineConfig | None = None) -> None:
-        self._model = model
+    def __init__(self, backend: Backend, config: EngineConfig | None = None) -> None:
+        self._backend = backend
         self._config = config or EngineConfig()
         self._max_context = min(
-            self._config.max_context_tokens or model.config.max_position_embeddings,
-            model.config.max_position_embeddings,
+            self._config.max_context_tokens or backend.max_context_tokens,
+            backend.max_context_tokens,
         )
-        self._keys = itertools.count()
-        self._running: dict[int, RunningSequence] = {}  # touched by the engine's thread only
-        self._num_steps = 0
-        self._totals = _Totals()
-        self._outbox: list[tuple[Handle, TokenOutput]] = []
+        self._stepper = Stepper(  # touched by the engine's thread only
+            backend,
+            self._config.limits,
+            self._max_context,
+            speculate=self._config.speculate,
+            now=time.monotonic,
+        )
         # Below: shared between threads under _changed.
         self._changed = threading.Condition()
         self._waiting: deque[Handle] = deque()
@@ -145,7 +138,7 @@ class Engine:
             EngineOverloadedError: the queue is full.
             EngineClosedError: ``close`` was called.
         """
-        vocab = self._model.config.vocab_size
+        vocab = self._backend.vocab_size
         if (top := max(request.prompt_ids)) >= vocab:
             raise RequestError(
                 f"prompt_ids: token {top} is outside the vocabulary of {vocab}", param="prompt_ids"
@@ -209,18 +202,21 @@ class Engine:
     # ---- the engine's thread ------------------------------------------------------------------
     def _run(self) -> None:
         try:
-            if self._config.num_threads is not None:
-                torch.set_num_threads(self._config.num_threads)  # OpenMP's count is per thread
             while self._wait_for_work():
                 self.step()
         except Exception as error:  # a bug of ours: stop serving, but leave nobody waiting
             _log.critical("the engine stopped", exc_info=True)
             self._abandon(f"the engine stopped: {error!r}")
+        finally:
+            try:
+                self._backend.close()
+            except Exception:
+                _log.exception("the backend did not close; what it had to write may be lost")
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False once closed and empty."""
         with self._changed:
-            while not self._waiting and not self._running:
+            while not self._waiting and self._stepper.is_idle:
                 if self._closing is not None:
                     return False
                 self._changed.wait(_WAIT_S)
@@ -229,150 +225,37 @@ class Engine:
     def step(self) -> None:
         """Advance the running sequences once; only the engine's thread calls this."""
         self._admit_and_reap()
-        batch = self._schedule()
-        if batch:
-            try:
-                self._commit(batch, forward(self._model, batch, self._config.device))
-            except Exception as error:
-                _log.exception("step %d failed", self._num_steps)
-                self._recover(batch, _describe(error))
-            self._num_steps += 1
+        self._stepper.step()
         self._deliver()
 
     def _admit_and_reap(self) -> None:
-        """Drop cancelled requests, then start as many waiting ones as there is room for."""
+        """Drop what was cancelled or is late, then start as many waiting as there is room for."""
+        now = time.monotonic()
         with self._changed:
             cancel_all = self._closing == "cancel"
-            gone = [h for h in self._waiting if h.is_cancelled or cancel_all]
+            gone = [h for h in self._waiting if h.is_cancelled or h.is_late(now) or cancel_all]
             for handle in gone:
                 self._waiting.remove(handle)
-        for sequence in list(self._running.values()):
-            if sequence.handle.is_cancelled or cancel_all:
-                self._finish(sequence, "cancelled")
+        self._stepper.reap(cancel_all=cancel_all)
         for handle in gone:
-            self._turn_away(handle, "cancelled")
+            if handle.is_cancelled or cancel_all:
+                self._stepper.turn_away(handle, "cancelled")
+            else:
+                self._stepper.turn_away(handle, "error", error=handle.lateness())
         with self._changed:
-            room = num_admissible(len(self._waiting), len(self._running), self._config.limits)
-            admitted = list(itertools.islice(self._waiting, room))
-        for handle in admitted:
-            self._start(handle)
+            room = self._stepper.room(len(self._waiting))
+            offered = list(itertools.islice(self._waiting, room))
+        for handle in offered:
+            if not self._stepper.start(handle):
+                break
             with self._changed:  # only now: one that breaks the engine must still get its error
                 self._waiting.remove(handle)
-
-    def _start(self, handle: Handle) -> None:
-        """Give a request its memory. A prefix cache would hand out a state that has a length."""
-        try:
-            state = self._model.new_state()
-        except Exception as error:
-            _log.exception("no state for request %s", handle.request.request_id)
-            self._turn_away(handle, "error", error=_describe(error))
-            return
-        self._totals.cached_tokens += state.length
-        key = next(self._keys)
-        self._running[key] = RunningSequence(key, handle, state)
-
-    def _recover(self, batch: Sequence[Work], error: str) -> None:
-        """After a failed step: find who is at fault by letting each request go on alone.
-
-        The step may have advanced some states and not others, so all are made anew and read again.
-        A request that fails alone is at fault. Each restart is followed by at least one token, so
-        a long answer may see many strangers fail; the bound is for a model that always does.
-        """
-        for sequence, _ in batch:
-            if len(batch) == 1 or sequence.num_restarts >= _MAX_RESTARTS:
-                self._finish(sequence, "error", error=error)
-                continue
-            try:
-                sequence.restart(self._model.new_state())
-            except Exception as failure:
-                self._finish(sequence, "error", error=_describe(failure))
-
-    def _schedule(self) -> list[Work]:
-        suspects = [sequence for sequence in self._running.values() if sequence.is_suspect]
-        views = [sequence.view() for sequence in suspects[:1] or self._running.values()]
-        plan = schedule(views, self._config.limits)
-        return [Work(self._running[item.key], item.num_tokens) for item in plan]
-
-    def _commit(self, batch: Sequence[Work], logits_BV: Tensor) -> None:
-        """Account for what was fed; draw, publish and end where a sequence is fully read."""
-        ready: list[int] = []
-        for i, (sequence, num_tokens) in enumerate(batch):
-            sequence.last_step = self._num_steps
-            unread = max(0, len(sequence.prompt_ids) - sequence.num_fed)
-            self._totals.prompt_tokens += min(num_tokens, unread)
-            sequence.num_fed += num_tokens
-            if sequence.num_pending == 0:
-                ready.append(i)
-        if not ready:
-            return
-        sequences = [batch[i].sequence for i in ready]
-        rows = [sequence.row for sequence in sequences]
-        tokens = sampler.sample(logits_BV[ready], rows)
-        logprobs = sampler.logprobs(logits_BV[ready], tokens, rows)
-        for sequence, token, logprob in zip(sequences, tokens, logprobs, strict=True):
-            self._accept(sequence, token, logprob)
-
-    def _accept(
-        self, sequence: RunningSequence, token: int | None, logprob: TokenLogprob | None
-    ) -> None:
-        """Publish one drawn token, and end the sequence if that was its last."""
-        sampling = sequence.handle.request.sampling
-        sequence.is_suspect = False
-        if token is None:
-            _log.error("logits of %s are not finite", sequence.handle.request.request_id)
-            self._finish(sequence, "error", error="the model produced logits that are not finite")
-            return
-        if token in sampling.stop_token_ids:
-            self._finish(sequence, "stop")
-            return
-        sequence.row.record(token)
-        sequence.output_ids.append(token)
-        self._totals.completion_tokens += 1
-        answer = len(sequence.output_ids)
-        output = TokenOutput(
-            token_ids=(token,),
-            logprobs=None if logprob is None else (logprob,),
-            usage=sequence.usage() if answer == 1 else None,
-        )
-        if answer >= sampling.max_tokens or sequence.num_tokens >= self._max_context:
-            self._finish(sequence, "length", output)
-        else:
-            self._outbox.append((sequence.handle, output))
-
-    def _finish(
-        self,
-        sequence: RunningSequence,
-        reason: FinishReason,
-        output: TokenOutput | None = None,
-        *,
-        error: str | None = None,
-    ) -> None:
-        """Free the sequence's state and queue its last output. Does nothing the second time."""
-        if self._running.pop(sequence.key, None) is None:
-            return
-        self._totals.finished[reason] += 1
-        last = TokenOutput(
-            token_ids=output.token_ids if output else (),
-            logprobs=output.logprobs if output else None,
-            finish_reason=reason,
-            usage=sequence.usage(),
-            error=error,
-        )
-        self._outbox.append((sequence.handle, last))
-
-    def _turn_away(self, handle: Handle, reason: FinishReason, *, error: str | None = None) -> None:
-        """Queue the last output of a request that never ran."""
-        self._totals.finished[reason] += 1
-        usage = Usage(
-            prompt_tokens=len(handle.request.prompt_ids), cached_tokens=0, completion_tokens=0
-        )
-        self._outbox.append((handle, TokenOutput(finish_reason=reason, usage=usage, error=error)))
 
     def _deliver(self) -> None:
         """Publish the step's outputs, after what they report has become visible in ``stats``."""
         with self._changed:
             self._stats = self._snapshot()
-        outbox, self._outbox = self._outbox, []
+        outbox, self._stepper.outbox = self._stepper.outbox, []
         for handle, output in outbox:
             handle.publish(output)
 
@@ -381,34 +264,24 @@ class Engine:
         with self._changed:
             self._closing = "cancel"
             waiting, self._waiting = self._waiting, deque()
-        for sequence in list(self._running.values()):
-            self._finish(sequence, "error", error=error)
+        self._stepper.abandon(error)
         for handle in waiting:
-            self._turn_away(handle, "error", error=error)
+            self._stepper.turn_away(handle, "error", error=error)
         self._deliver()
 
     def _snapshot(self) -> EngineStats:
-        states = [sequence.state for sequence in self._running.values()]
+        use, totals = self._backend.memory_use(), self._stepper.totals
         return EngineStats(
             num_waiting=0,
-            num_running=len(self._running),
-            cache_bytes=sum(state.nbytes for state in states),
-            compressed_bytes=sum(state.compressed_nbytes for state in states),
-            num_steps=self._num_steps,
-            prompt_tokens=self._totals.prompt_tokens,
-            cached_tokens=self._totals.cached_tokens,
-            completion_tokens=self._totals.completion_tokens,
-            finished=dict(self._totals.finished),
+            num_running=self._stepper.num_running,
+            cache_bytes=use.cache_bytes,
+            compressed_bytes=use.compressed_bytes,
+            num_steps=totals.num_steps,
+            num_preempted=totals.num_preempted,
+            prompt_tokens=totals.prompt_tokens,
+            cached_tokens=totals.cached_tokens,
+            completion_tokens=totals.completion_tokens,
+            drafted_tokens=totals.drafted_tokens,
+            accepted_tokens=totals.accepted_tokens,
+            finished=dict(totals.finished),
         )
-
-
-@dataclass
-class _Totals:
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    finished: Counter[FinishReason] = field(default_factory=Counter)
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -24,6 +24,7 @@ class Handle:
         self._changed = threading.Condition()
         self._outputs: list[TokenOutput] = []
         self._finished = False
+        self._submitted_at = time.monotonic()
         self._cancelled = False
         self._callback_failed = False
 
@@ -36,6 +37,15 @@ class Handle:
     def is_cancelled(self) -> bool:
         """Whether ``cancel`` was called; the engine notices at the next step boundary."""
         return self._cancelled
+
+    def is_late(self, now: float) -> bool:
+        """Whether the request's deadline has passed; ``now`` as ``time.monotonic`` has it."""
+        deadline = self.request.deadline_s
+        return deadline is not None and now - self._submitted_at >= deadline
+
+    def lateness(self) -> str:
+        """What to tell the owner of a late request."""
+        return f"not finished within its deadline of {self.request.deadline_s:g} s"
 
     def cancel(self) -> None:
         """Stop at the next step boundary and free the request's state. Idempotent.

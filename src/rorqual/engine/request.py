@@ -9,12 +9,16 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rorqual.errors import RequestError
 
+if TYPE_CHECKING:  # the server has requests but no torch
+    from rorqual.engine.grammar import ConstraintSource
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-"""``stop``: a stop token was drawn; ``length``: ``max_tokens`` or the context is used up;
+"""``stop``: a stop token was drawn, or the constraint's text is complete; ``length``:
+``max_tokens``, the context or a bound of the constraint is used up;
 ``cancelled``: the caller gave up; ``error``: the model failed, see ``TokenOutput.error``."""
 
 MAX_LOGPROBS = 20
@@ -82,7 +86,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenLogprob:
-    """Natural-log probabilities of one generated token under the model, before temperature."""
+    """Natural-log probabilities of one generated token under the model: before constraints,
+    penalties and temperature. A constrained token may therefore be an unlikely one."""
 
     token_id: int
     logprob: float
@@ -132,6 +137,10 @@ class Request:
     on_output: Callable[[TokenOutput], None] | None = None
     """Called on the engine's thread for every output; must not block. Without it, iterate the
     handle."""
+    constraint: ConstraintSource | None = None
+    """What the answer may contain; None: anything."""
+    deadline_s: float | None = None
+    """Seconds after submission at which the request ends with an error, wherever it is."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_ids", tuple(self.prompt_ids))
@@ -140,6 +149,8 @@ class Request:
         # Set and min run at C speed: a prompt may have a million tokens.
         if set(map(type, self.prompt_ids)) != {int} or min(self.prompt_ids) < 0:
             raise RequestError("prompt_ids must be integers >= 0", param="prompt_ids")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise RequestError(f"deadline_s must be > 0, got {self.deadline_s}", param="deadline_s")
 
 
 def _integer(params: SamplingParams, name: str, low: int, high: int | None = None) -> None:

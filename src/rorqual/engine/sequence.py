@@ -1,33 +1,56 @@
-"""A running request inside the engine: its state, and how many of its tokens the model has seen."""
+"""A running request inside the engine: its memory, and how many of its tokens that has seen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
+from rorqual.engine.backend import Memory
+from rorqual.engine.grammar import Constraint
 from rorqual.engine.handle import Handle
 from rorqual.engine.request import Usage
 from rorqual.engine.sampler import SamplerRow
 from rorqual.engine.scheduler import SequenceView
-from rorqual.model.state import SequenceState
+
+_TRUST = 0.5
+"""Share of right guesses below which drafting stops: a wrong one costs about half a step."""
+_TRUST_MEMORY = 0.9
+_SECOND_CHANCE_TOKENS = 64
+"""A sequence that lost trust drafts again this often: answers change between prose and quotes."""
 
 
 class RunningSequence:
     """One running request. Owned by the engine's thread."""
 
-    def __init__(self, key: int, handle: Handle, state: SequenceState) -> None:
-        """Continue ``handle``'s prompt from ``state``, which has read ``state.length`` of it."""
+    def __init__(self, key: int, handle: Handle) -> None:
+        """Nothing read yet, no memory. Raises EngineError if the constraint cannot be started."""
         self.key = key
         self.handle = handle
-        self.state = state
+        self.memory: Memory | None = None
+        """None while it waits for memory."""
         self.prompt_ids = handle.request.prompt_ids
         self.output_ids: list[int] = []
-        self.num_cached = state.length
-        self.num_fed = state.length
+        self.draft_ids: list[int] = []
+        """Guesses at the tokens after the last one."""
+        self.num_cached = 0
         self.last_step = -1
         self.num_restarts = 0
         self.is_suspect = False
         """Was in a failed step, and has not drawn a token since."""
         self.row = SamplerRow(params=handle.request.sampling, prompt_ids=self.prompt_ids)
+        self.constraint = self._started_constraint()
+        self._trust = 1.0
+
+    @property
+    def held(self) -> Memory:
+        """The memory of a sequence that has some."""
+        assert self.memory is not None, "preempted"
+        return self.memory
+
+    @property
+    def num_fed(self) -> int:
+        """Tokens the network has seen."""
+        return self.held.length
 
     @property
     def num_tokens(self) -> int:
@@ -36,15 +59,52 @@ class RunningSequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens the model has not seen."""
+        """Tokens the network has not seen."""
         return self.num_tokens - self.num_fed
 
-    def restart(self, state: SequenceState) -> None:
-        """Read everything again, prompt and answer so far, into a new ``state``."""
-        self.state = state
-        self.num_fed = state.length
+    @property
+    def all_tokens(self) -> Sequence[int]:
+        """Prompt and answer so far."""
+        return [*self.prompt_ids, *self.output_ids]
+
+    def restart(self, memory: Memory) -> None:
+        """Read everything again, prompt and answer so far, into ``memory``.
+
+        Raises EngineError if the constraint does not take the answer a second time.
+        """
+        self.memory = memory
+        self.constraint = self._started_constraint()
         self.num_restarts += 1
         self.is_suspect = True
+
+    def judge(self, was_right: bool) -> None:
+        """Remember how a guess turned out."""
+        self._trust = _TRUST_MEMORY * self._trust + (1 - _TRUST_MEMORY) * was_right
+
+    def trusts_drafts(self) -> bool:
+        """Whether guessing pays, from how the last guesses turned out."""
+        return self._trust >= _TRUST or len(self.output_ids) % _SECOND_CHANCE_TOKENS == 0
+
+    def follow(self, token: int) -> Literal["stop", "length"] | None:
+        """Append a drawn token to the answer; why the answer ends here, if its constraint says so.
+
+        Raises EngineError, with the token appended to nothing.
+        """
+        if self.constraint is not None:
+            self.constraint.accept(token)
+        self.row.record(token)
+        self.output_ids.append(token)
+        return None if self.constraint is None else self.constraint.finish_reason
+
+    def _started_constraint(self) -> Constraint | None:
+        """The request's constraint after the answer so far."""
+        source = self.handle.request.constraint
+        if source is None:
+            return None
+        constraint = source.start()
+        for token in self.output_ids:
+            constraint.accept(token)
+        return constraint
 
     def next_tokens(self, count: int) -> Sequence[int]:
         """The next ``count`` tokens to feed."""
