@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rorqual.errors import ConfigError
+from rorqual.errors import ConfigError, RequestError
 from rorqual.protocol.modes import (
     EFFORTS,
     MODES,
@@ -98,6 +98,10 @@ def test_reported_mode_always_agrees_with_the_prompt(
     thinkings: list[Any] = [None, *({"type": t} for t in ("enabled", "disabled", "adaptive"))]
     for thinking, effort in itertools.product(thinkings, [None, *EFFORTS[generation]]):
         body = {"model": "m", "messages": HI, "thinking": thinking, "reasoning_effort": effort}
+        if thinking and effort and (thinking["type"] == "disabled") != (effort == "none"):
+            with pytest.raises(RequestError, match="asks for thinking and"):
+                renderer.render(body)
+            continue
         request = renderer.render(body)
         assert request.prompt.endswith("</think>") == (request.mode == "non-think"), body
         if request.mode == "think-max":

@@ -30,7 +30,7 @@ def on_socket() -> Iterator[Callable[[Starlette], str]]:
     running = []
 
     def start(app: Starlette) -> str:
-        server = server_for(app)
+        server = server_for(app, drain_s=2.0)
         listener = listen("127.0.0.1", 0)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()

@@ -50,7 +50,12 @@ def refusal(response: Any, status: int) -> dict[str, Any]:
         ({"max_tokens": 10_000}, 400, "max_tokens", "maximum context length is 8192"),
         ({"messages": [{"role": "user", "content": "x " * 9000}]}, 400, "messages", "8192"),
         ({"model": "gpt-5"}, 404, "model", "you passed gpt-5"),
-        ({"response_format": {"type": "regex", "regex": "a"}}, 400, "response_format", "regex"),
+        (
+            {"response_format": {"type": "regex", "regex": "("}},
+            400,
+            "response_format.regex",
+            "cannot be enforced",
+        ),
         ({"stream_options": {}, "stream": False}, 400, "stream_options", "stream = true"),
     ],
 )

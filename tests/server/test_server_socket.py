@@ -171,8 +171,10 @@ def test_half_a_request_leaves_the_server_alive(
     assert len(engine.requests) == 1
 
 
-@pytest.mark.parametrize("begun", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nContent-Le"])
-@pytest.mark.parametrize("after_an_answer", [False, True])
+HALF = b"POST /v1/chat/completions HTTP/1.1\r\nContent-Le"
+
+
+@pytest.mark.parametrize(("begun", "after_an_answer"), [(b"", False), (HALF, False), (HALF, True)])
 def test_a_client_that_never_finishes_asking_is_cut_off(
     begun: bytes,
     after_an_answer: bool,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import deepseek_recipe as recipe
+from rorqual.protocol.dialects import DIALECTS, Protocol
 
 _MAX_DEPTH = 8
 _MAX_KEYS = 64
@@ -25,6 +25,7 @@ _MAX_PROBE_SIZE = 65_536
 _MAX_TEXT = 256
 """Characters kept of a string: its length has no influence on the shape."""
 _NAMED = re.compile(r"Invalid '([^']+)'|Invalid (\w+)(?: and \w+)? value")
+_PATH = re.compile(r"((?:messages|tools|input|system)\b[\w.\[\]]*): ")
 _MISSING = re.compile(r"missing field `(\w+)`")
 _SUBJECTS = (
     ("API model names", "model"),
@@ -33,24 +34,32 @@ _SUBJECTS = (
     ("stream_options", "stream_options"),
     ("Stop string", "stop"),
     ("Required properties", "tools"),
+    ("schema for function", "tools"),
+    ("text.format", "text.format"),
     ("tool", "messages"),
     ("reasoning_content", "messages"),
+    ("must be passed back", "messages"),
+    ("Input items", "input"),
+    ("Either input", "input"),
     ("messages", "messages"),
 )
 """What a conversion error talks about, most specific first."""
 
 
-def blame_text(message: str) -> str | None:
-    """The field a conversion error's own words name, or None."""
+def blame_text(message: str, history: str = "messages") -> str | None:
+    """The field a conversion error's words name, or None; ``history`` holds the conversation."""
+    if match := _PATH.match(message):
+        return match[1]
     if match := _NAMED.search(message):
         return match[1] or match[2]
-    return next((param for words, param in _SUBJECTS if words in message), None)
+    param = next((param for words, param in _SUBJECTS if words in message), None)
+    return history if param == "messages" else param
 
 
-def blame(body: Mapping[str, Any], message: str) -> str | None:
+def blame(body: Mapping[str, Any], message: str, protocol: Protocol = "chat") -> str | None:
     """Dotted path, such as ``messages[2].content``, of the field whose type or absence makes the
     recipe refuse ``body`` with ``message``; None if it cannot be told."""
-    search = _Search()
+    search = _Search(protocol)
     with contextlib.suppress(_SpentError):
         search.run({key: _shortened(value, _MAX_DEPTH) for key, value in body.items()})
     if search.path:
@@ -66,13 +75,14 @@ class _SpentError(Exception):
 class _Search:
     """One search for the field at fault; ``path`` is as far as it came."""
 
-    def __init__(self) -> None:
+    def __init__(self, protocol: Protocol) -> None:
         self.path = ""
+        self._dialect = DIALECTS[protocol]
         self._budget = _BUDGET
 
     def run(self, body: Mapping[str, Any]) -> None:
         """Follow the first field that fails beside an otherwise minimal body."""
-        base: dict[str, Any] = {"model": "", "messages": []}
+        base = dict(self._dialect.smallest)
         errors = {key: self._failure({**base, key: value}) for key, value in body.items()}
         failing = [key for key, error in errors.items() if error]
         if not failing:  # then it is the one too large to ask about, if there is only one
@@ -156,7 +166,7 @@ class _Search:
         if size > _MAX_PROBE_SIZE:
             return ""
         try:
-            recipe.ChatCompletionRequest(body)
+            self._dialect.request(body)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             return str(error) or type(error).__name__
         return None

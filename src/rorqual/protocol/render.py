@@ -1,9 +1,10 @@
-"""A Chat Completions body to a prompt in token ids and resolved sampling values.
+"""A request body of any of the three protocols to a prompt in token ids and sampling values.
 
 ``deepseek-recipe`` validates the body, builds the conversation and renders it; this module adds
 what it leaves out: modes across checkpoint generations, the model card's defaults, the context
-limit, and an error that says which field is at fault. Whatever the body, the outcome is a
-``RenderedRequest`` or a ``RequestError``. The way back is ``protocol/parse.py``.
+limit, turns remembered from earlier answers, and an error that says which field is at fault.
+Whatever the body, the outcome is a ``RenderedRequest`` or a ``RequestError``. The way back is
+``protocol/parse.py``; prompts without a conversation are ``protocol/completions.py``.
 """
 
 from __future__ import annotations
@@ -12,13 +13,17 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from types import MappingProxyType
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import deepseek_recipe as recipe
 
 from rorqual.errors import PromptTooLongError, RequestError, UnknownModelError
 from rorqual.protocol.blame import blame, blame_text
-from rorqual.protocol.modes import Level, Mode, ModelCard, requested_level
+from rorqual.protocol.dialects import DIALECTS, Protocol, adapted, limit_name
+from rorqual.protocol.history import Memory, Recalled, Span, generated_spans, recall, replaced
+from rorqual.protocol.modes import MODES, Mode, ModelCard
+from rorqual.protocol.reasoning import Reasoning, asked_reasoning, malformed_field
 from rorqual.protocol.tokenizer import SYSTEM, Tokenizer
 
 DEFAULT_MAX_TOKENS: Final[Mapping[Mode, int]] = {
@@ -27,6 +32,9 @@ DEFAULT_MAX_TOKENS: Final[Mapping[Mode, int]] = {
     "think-max": 131_072,
 }
 """Answer length in tokens where neither client nor card names one."""
+
+MAX_ANSWER_TOKENS: Final = 393_216
+"""Longest answer the model family allows, and the free context think-max was made for."""
 
 _PENALTIES: Final = {
     "presence_penalty": (-2.0, 2.0, 0.0),
@@ -70,10 +78,19 @@ class Constraint:
     """JSON schema, regular expression or tool list; empty for any JSON value."""
 
 
+class Extras(NamedTuple):
+    """What a Responses object says of its request."""
+
+    echo: recipe.ResponsesEcho
+    namespaces: Mapping[str, tuple[str, str]]
+    """Function name -> its (namespace, local name)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class RenderedRequest:
-    """One Chat Completions request, ready for an engine and for the parser of its answer."""
+    """One request, ready for an engine and for the parser of its answer."""
 
+    protocol: Protocol = "chat"
     model: str
     """The name the client used."""
     mode: Mode
@@ -88,17 +105,52 @@ class RenderedRequest:
     tools_declared: bool
     """Whether tool calls are parsed out of the answer."""
     constraint: Constraint | None
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    """Declared functions: ``name``, ``parameters`` (JSON schema or None), ``strict``."""
+    tool_choice: Literal["auto", "none", "required"] = "auto"
+    forced_tool: str | None = None
+    """The one function a ``required`` choice names."""
+    parallel_tool_calls: bool = True
+    """Whether an answer may hold several calls."""
+    response_format: Mapping[str, Any] = field(default_factory=lambda: {"type": "text"})
+    """``type``: ``text``, ``json_object``, ``json_schema`` (with ``schema`` and ``strict``) or
+    ``regex`` (with ``regex``)."""
+    starts_in_reasoning: bool = False
+    """Whether the answer begins inside ``<think>``."""
+    is_continuation: bool = False
+    """Whether the answer continues a message the client began."""
+    starts_in_call: bool = False
+    """Whether the prompt ends with an opened tool block."""
+    thinking_budget: int | None = None
+    """Most tokens of reasoning before it is to be closed; None: no limit, or no reasoning."""
+    warnings: tuple[str, ...] = ()
+    """What is served but probably not wanted."""
+    history_digest: str = field(default="", repr=False)
+    """Of everything said before the answer; "" where nothing is remembered."""
     conversation: recipe.ConversationRequest = field(repr=False, compare=False)
     """deepseek-recipe's form of the request; the parser starts from it."""
+    extras: Extras | None = field(default=None, repr=False, compare=False)
 
 
 class Renderer:
     """Renders requests for one model. Stateless; safe to share between threads."""
 
     def __init__(
-        self, card: ModelCard, tokenizer: Tokenizer, *, max_context_tokens: int | None = None
+        self,
+        card: ModelCard,
+        tokenizer: Tokenizer,
+        *,
+        max_context_tokens: int | None = None,
+        is_constrained: bool = False,
+        is_strict: bool = False,
     ) -> None:
         """Render for ``card``'s model as run by an engine that takes ``max_context_tokens``.
+
+        Args:
+            is_constrained: answers are held to ``tool_choice``, ``tools`` and ``response_format``
+                while they are generated: a required tool choice then works while thinking, which
+                deepseek-recipe refuses.
+            is_strict: refuse tool calls sent back without their reasoning, as the hosted API does.
 
         Raises ConfigError if ``tokenizer`` lacks a token of the card's prompt layout.
         """
@@ -106,106 +158,204 @@ class Renderer:
         self.context_tokens = min(card.context_length, max_context_tokens or card.context_length)
         """Most tokens of prompt and answer together: the one limit, which errors name."""
         self.tokenizer = tokenizer
-        version = recipe.ModelVersion.DeepseekV4Pro
+        self.is_constrained = is_constrained
+        self._version = recipe.ModelVersion.DeepseekV4Pro
         self._encoding: recipe.DeepseekV4Encoding | recipe.DeepseekV41Encoding
         if card.generation == "v4.1":
             tokenizer.special_id(SYSTEM)
-            version = recipe.ModelVersion.DeepseekV41Flash
+            self._version = recipe.ModelVersion.DeepseekV41Flash
             self._encoding = recipe.DeepseekV41Encoding()
         else:
             self._encoding = recipe.DeepseekV4Encoding()
-        self._options = recipe.ConversionOptions(
-            default_thinking_mode=card.default_mode != "non-think"
-        ).with_model_versions_by_name(dict.fromkeys((card.name, *card.aliases), version))
+        names = (card.name, *card.aliases)
+        behaviour = recipe.ReasoningContentBehavior
+        self._options = (
+            recipe.ConversionOptions(default_thinking_mode=card.default_mode != "non-think")
+            .with_model_versions_by_name(dict.fromkeys(names, self._version))
+            .with_reasoning_content_behavior(behaviour.Reject if is_strict else behaviour.FillEmpty)
+        )
+        self._suffixed: Mapping[str, Mode] = MappingProxyType(
+            {
+                f"{name}{separator}{mode}": mode
+                for name in names
+                for separator in ("-", ":")
+                for mode in MODES
+                if f"{name}{separator}{mode}" not in names
+            }
+        )
 
-    def render(self, body: bytes | Mapping[str, Any]) -> RenderedRequest:
+    def render(
+        self,
+        body: bytes | Mapping[str, Any],
+        protocol: Protocol = "chat",
+        memory: Memory | None = None,
+    ) -> RenderedRequest:
         """Validate, convert, render and encode one body. Takes seconds on a very long prompt.
 
         Args:
             body: the JSON text, or the object it stands for; not changed.
+            memory: turns generated earlier; they come back as they were generated.
 
         Raises:
             UnknownModelError: the body names a model other than the card's.
             PromptTooLongError: prompt and answer exceed ``context_tokens``.
             RequestError: anything else wrong with it; ``param`` is the field where that is known.
         """
-        fields = _parse(body) if isinstance(body, bytes) else dict(body)
-        level = requested_level(
+        fields = parse_body(body) if isinstance(body, bytes) else dict(body)
+        known, suffix = self._addressed(fields, protocol)
+        reasoning = asked_reasoning(
+            known,
             self.card.generation,
             self.card.default_mode,
-            fields.get("thinking"),
-            fields.get("reasoning_effort"),
+            suffix,
+            effort_is_independent=protocol == "messages",
         )
-        limit_name = _limit_name(fields)
-        conversation = self._convert(_adapted(fields, level), limit_name)
-        if level is None:
-            raise RequestError("reasoning_effort must be a string", param="reasoning_effort")
-        prompt = self._encoding.render_conversation(conversation.conversation)
-        ids = self._encode(prompt)
-        options = conversation.inference_options
+        native = adapted(protocol, known, reasoning and reasoning.level)
+        choice, forced = _tool_choice(native.get("tool_choice"))
+        is_deferred = reasoning is not None and self._defers_choice(reasoning, choice)
+        if is_deferred:
+            native["tool_choice"] = {"type": "auto"} if protocol == "messages" else "auto"
+        converted, extras = self._convert(native, fields, protocol)
+        if reasoning is None:
+            path = malformed_field(known, self.card.generation) or "thinking"
+            raise RequestError(f"Invalid {path} value", param=path)
+        conversation = converted.conversation
+        if protocol == "messages" and (schema := _messages_schema(fields)) is not None:
+            conversation = replaced(conversation, response_schema=schema)
+        tools = tuple(
+            {"name": tool.name, "parameters": tool.parameters, "strict": bool(tool.strict)}
+            for tool in conversation.tools
+        )
+        if forced is not None and forced not in [tool["name"] for tool in tools]:
+            raise RequestError(f"tool_choice names no declared tool: {forced}", param="tool_choice")
+        recalled = Recalled(conversation, {}, "")
+        if memory is not None:
+            recalled = recall(conversation, memory)
+        prompt, ranges, ids = self._encode(recalled)
+        options, parsing = converted.inference_options, converted.parsing_options
+        mode = reasoning.level.mode
+        sampling = self._sampling(fields, protocol, mode, options, len(ids))
+        starts_in_reasoning = (
+            parsing.thinking_initial_stage is not None
+            and parsing.thinking_initial_stage.starts_in_reasoning()
+        )
+        is_required = is_deferred or conversation.tool_choice == "required"
         return RenderedRequest(
+            protocol=protocol,
             model=cast("str", fields["model"]),
-            mode=level.mode,
-            prompt=prompt.prompt,
-            special_ranges=tuple(prompt.special_ranges),
-            prompt_ids=tuple(ids),
-            sampling=self._sampling(fields, level.mode, options, len(ids)),
-            stop=tuple(conversation.parsing_options.stop_sequences),
-            stream=conversation.stream,
-            tools_declared=conversation.parsing_options.parse_tool_calls,
+            mode=mode,
+            prompt=prompt,
+            special_ranges=ranges,
+            prompt_ids=ids,
+            sampling=sampling,
+            stop=tuple(parsing.stop_sequences),
+            stream=converted.stream,
+            tools_declared=parsing.parse_tool_calls,
             constraint=_constraint(options.output_constraint),
-            conversation=conversation,
+            tools=tools if conversation.tool_choice != "none" else (),
+            tool_choice="required" if is_required else conversation.tool_choice,
+            forced_tool=forced if is_required else None,
+            parallel_tool_calls=_allows_parallel_calls(fields),
+            response_format=_response_format(conversation, _is_strict(fields, protocol)),
+            starts_in_reasoning=starts_in_reasoning,
+            is_continuation=any(message.prefix for message in conversation.messages[-1:]),
+            starts_in_call=parsing.starts_in_tool_calls,
+            thinking_budget=reasoning.limit(sampling.max_tokens) if starts_in_reasoning else None,
+            warnings=self._warnings(mode, len(ids)),
+            history_digest=recalled.digest,
+            conversation=converted,
+            extras=extras,
         )
 
-    def _convert(self, fields: dict[str, Any], limit_name: str) -> recipe.ConversationRequest:
+    def _addressed(
+        self, fields: Mapping[str, Any], protocol: Protocol
+    ) -> tuple[dict[str, Any], Mode | None]:
+        """The body under the card's own name, and the mode its model name ends in."""
+        known = dict(fields)
+        name = fields.get("model")
+        if isinstance(name, str):
+            if (suffix := self._suffixed.get(name)) is not None:
+                known["model"] = self.card.name
+                return known, suffix
+            # As hosted: clients built for Claude ask for it by name whatever they are pointed at.
+            if protocol == "messages" and name.startswith("claude-"):
+                known["model"] = self.card.name
+        return known, None
+
+    def _defers_choice(self, reasoning: Reasoning, choice: str | None) -> bool:
+        """Whether a required call is left to the constraint, since reasoning comes first."""
+        thinks = reasoning.level.mode != "non-think"
+        return self.is_constrained and thinks and choice == "required"
+
+    def _convert(
+        self, native: dict[str, Any], fields: Mapping[str, Any], protocol: Protocol
+    ) -> tuple[recipe.ConversationRequest, Extras | None]:
+        limit = limit_name(protocol, fields)
+        ours = DIALECTS[protocol].limit_names[0]
         try:
-            return recipe.ChatCompletionRequest(fields).convert(self._options)
+            request = DIALECTS[protocol].request(native)
+            extras = None
+            if protocol == "responses":
+                echo = recipe.ResponsesRequest(dict(fields)).echo()
+                extras = Extras(echo, request.namespace_tool_map(self._options))
+            return request.convert(self._options), extras
         except recipe.ConversionError as error:
             message = str(error)
             kind = UnknownModelError if "API model names" in message else RequestError
-            if (param := blame_text(message)) == "max_tokens":
-                message, param = message.replace("max_tokens", limit_name), limit_name
+            if kind is UnknownModelError:
+                message = self.unknown_model(fields.get("model"))
+            if (param := blame_text(message, DIALECTS[protocol].history)) == "max_tokens":
+                message, param = message.replace("max_tokens", limit), limit
+            if protocol == "messages" and param is not None and param not in message:
+                message = f"{message} (at {param})"  # its errors have no field for that
             raise kind(message, param=param) from None
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             message = str(error)
-            param = blame(fields, message)
-            param = limit_name if param == "max_tokens" else param
+            param = blame(native, message, protocol)
+            param = limit if param == ours else param
             if param is not None and param not in message:
                 message = f"{message} (at {param})"
             raise RequestError(message, param=param) from None
 
-    def _encode(self, prompt: recipe.RenderedPrompt) -> list[int]:
+    def unknown_model(self, name: object) -> str:
+        """What to say to a client that asks for the model ``name``."""
+        names = ", ".join((self.card.name, *self.card.aliases))
+        return f"The supported API model names are {names}, but you passed {name}."
+
+    def _encode(
+        self, recalled: Recalled
+    ) -> tuple[str, tuple[tuple[int, int], ...], tuple[int, ...]]:
+        """Prompt, template ranges and ids; recognised turns in the tokens they were made of."""
         limit = self.context_tokens
+        rendered = self._encoding.render_conversation(recalled.conversation)
+        prompt, ranges = rendered.prompt, tuple(rendered.special_ranges)
         # Cheap rejection first: no token stands for more characters than the longest one.
-        if (at_least := len(prompt.prompt) // self.tokenizer.max_token_bytes) >= limit:
+        if (at_least := len(prompt) // self.tokenizer.max_token_bytes) >= limit:
             raise _too_long(limit, f"at least {at_least}")
-        ids = self.tokenizer.encode_prompt(prompt.prompt, prompt.special_ranges)
+        spans: list[Span] = []
+        if recalled.turns:
+            roles = [message.role for message in recalled.conversation.messages]
+            spans = generated_spans(
+                prompt, ranges, roles.count("assistant"), recalled.turns, self.tokenizer
+            )
+        if spans:
+            prompt, ranges, ids = self.tokenizer.encode_spliced(prompt, ranges, spans)
+        else:
+            ids = self.tokenizer.encode_prompt(prompt, ranges)
         if len(ids) >= limit:
             raise _too_long(limit, str(len(ids)))
-        return ids
+        return prompt, ranges, tuple(ids)
 
     def _sampling(
         self,
         fields: Mapping[str, Any],
+        protocol: Protocol,
         mode: Mode,
         options: recipe.InferenceOptions,
         prompt_tokens: int,
     ) -> Sampling:
-        limit = self.context_tokens
-        max_tokens = options.max_tokens
-        if max_tokens is None:
-            default = self.card.default_max_tokens or DEFAULT_MAX_TOKENS[mode]
-            max_tokens = min(default, limit - prompt_tokens)
-        elif prompt_tokens + max_tokens > limit:
-            raise PromptTooLongError(
-                f"This model's maximum context length is {limit} tokens. However, you requested "
-                f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the messages, "
-                f"{max_tokens} in the completion). Please reduce the length of the messages or "
-                "completion.",
-                param=_limit_name(fields),
-            )
         penalties = {
-            name: _number(fields, name, low, high, default)
+            name: number(fields, name, low, high, default)
             for name, (low, high, default) in _PENALTIES.items()
         }
         if (recommended := self.card.sampling) is not None:
@@ -217,19 +367,61 @@ class Renderer:
             if mode != "non-think":
                 penalties = dict.fromkeys(penalties, 0.0)
         return Sampling(
-            max_tokens=max_tokens,
+            max_tokens=self.answer_tokens(
+                options.max_tokens,
+                self.card.default_max_tokens or DEFAULT_MAX_TOKENS[mode],
+                prompt_tokens,
+                limit_name(protocol, fields),
+                # Clients of this protocol must send a limit, so it is not a wish for that many.
+                is_lowered=protocol == "messages",
+            ),
             temperature=temperature,
             top_p=top_p,
-            top_k=_integer(fields, "top_k"),
-            min_p=_number(fields, "min_p", 0.0, 1.0, 0.0),
-            repetition_penalty=_number(fields, "repetition_penalty", 0.01, 10.0, 1.0),
+            top_k=integer(fields, "top_k"),
+            min_p=number(fields, "min_p", 0.0, 1.0, 0.0),
+            repetition_penalty=number(fields, "repetition_penalty", 0.01, 10.0, 1.0),
             seed=options.seed,
             logprobs=(options.top_logprobs or 0) if options.logprobs else None,
             **penalties,
         )
 
+    def answer_tokens(
+        self,
+        asked: int | None,
+        default: int,
+        prompt_tokens: int,
+        param: str,
+        *,
+        is_lowered: bool = False,
+    ) -> int:
+        """Tokens an answer may have; ``default``, or ``is_lowered``, gives way to the context.
 
-def _parse(body: bytes) -> dict[str, Any]:
+        Raises PromptTooLongError blaming ``param`` if what was ``asked`` does not fit.
+        """
+        limit = self.context_tokens
+        if asked is None or is_lowered:
+            return min(default if asked is None else asked, limit - prompt_tokens)
+        if prompt_tokens + asked > limit:
+            raise PromptTooLongError(
+                f"This model's maximum context length is {limit} tokens. However, you requested "
+                f"{prompt_tokens + asked} tokens ({prompt_tokens} in the messages, "
+                f"{asked} in the completion). Please reduce the length of the messages or "
+                "completion.",
+                param=param,
+            )
+        return asked
+
+    def _warnings(self, mode: Mode, prompt_tokens: int) -> tuple[str, ...]:
+        free = self.context_tokens - prompt_tokens
+        if mode != "think-max" or free >= MAX_ANSWER_TOKENS:
+            return ()
+        return (
+            f"think-max is made for {MAX_ANSWER_TOKENS} tokens of free context; {free} are left",
+        )
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """The JSON object in ``body``. Raises RequestError."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
     except RecursionError:
@@ -245,20 +437,59 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _adapted(fields: Mapping[str, Any], level: Level | None) -> dict[str, Any]:
-    """The body in the recipe's terms: its effort word, and ``max_tokens`` under its old name."""
-    adapted = dict(fields)
-    if level is not None and level.prompt_effort is not None:
-        adapted["reasoning_effort"] = level.prompt_effort
-    if _limit_name(fields) == "max_completion_tokens":
-        adapted["max_tokens"] = fields["max_completion_tokens"]
-    return adapted
+def _tool_choice(choice: Any) -> tuple[str | None, str | None]:
+    """(``required`` or None, the function named) in any protocol's way of asking for a call."""
+    if choice in ("required", "any"):
+        return "required", None
+    if not isinstance(choice, dict):
+        return None, None
+    if choice.get("type") == "any":
+        return "required", None
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else choice.get("name")
+    is_named = choice.get("type") in ("function", "tool", "custom") and isinstance(name, str)
+    return ("required", name) if is_named else (None, None)
 
 
-def _limit_name(fields: Mapping[str, Any]) -> str:
-    """Which of its two names the client gave ``max_tokens``."""
-    is_new = fields.get("max_tokens") is None and "max_completion_tokens" in fields
-    return "max_completion_tokens" if is_new else "max_tokens"
+def _messages_schema(fields: Mapping[str, Any]) -> Any:
+    """The JSON schema a Messages body wants its answer in, which deepseek-recipe overlooks."""
+    output = fields.get("output_config")
+    wanted = output.get("format") if isinstance(output, dict) else None
+    param = "output_config.format"
+    if wanted is None:
+        wanted, param = fields.get("output_format"), "output_format"
+    if wanted is None:
+        return None
+    if not isinstance(wanted, dict) or wanted.get("type") != "json_schema":
+        raise RequestError(f"{param} must be of type json_schema", param=f"{param}.type")
+    if not isinstance(wanted.get("schema"), dict):
+        raise RequestError(f"{param}.schema must be a JSON schema", param=f"{param}.schema")
+    return wanted["schema"]
+
+
+def _response_format(conversation: recipe.Conversation, is_strict: bool) -> Mapping[str, Any]:
+    if (schema := conversation.response_schema) is not None:
+        return {"type": "json_schema", "schema": schema, "strict": is_strict}
+    if conversation.response_regex is not None:
+        return {"type": "regex", "regex": conversation.response_regex}
+    return {"type": conversation.response_format}
+
+
+def _is_strict(fields: Mapping[str, Any], protocol: Protocol) -> bool:
+    """Whether a JSON schema is to be kept to the letter; always in Messages."""
+    if protocol == "messages":
+        return True
+    path = ("text", "format") if protocol == "responses" else ("response_format", "json_schema")
+    value: Any = fields
+    for name in (*path, "strict"):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value is True
+
+
+def _allows_parallel_calls(fields: Mapping[str, Any]) -> bool:
+    choice = fields.get("tool_choice")
+    single = isinstance(choice, Mapping) and choice.get("disable_parallel_tool_use") is True
+    return not single and fields.get("parallel_tool_calls") is not False
 
 
 def _constraint(constraint: recipe.OutputConstraint | None) -> Constraint | None:
@@ -290,7 +521,8 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else float(value)
 
 
-def _number(fields: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:
+def number(fields: Mapping[str, Any], name: str, low: float, high: float, default: float) -> float:
+    """The field ``name``. Raises RequestError unless it is a number in [``low``, ``high``]."""
     value = fields.get(name)
     if value is None:
         return default
@@ -301,7 +533,8 @@ def _number(fields: Mapping[str, Any], name: str, low: float, high: float, defau
     return float(value)
 
 
-def _integer(fields: Mapping[str, Any], name: str) -> int:
+def integer(fields: Mapping[str, Any], name: str) -> int:
+    """The field ``name``, 0 if absent. Raises RequestError unless it is an integer >= 0."""
     value = fields.get(name)
     if value is None:
         return 0

@@ -12,7 +12,9 @@ of the nano models keeps its first entries.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ import deepseek_recipe as recipe
 import tokenizers
 
 from rorqual.errors import ConfigError, RequestError
+from rorqual.protocol.grammars import Grammars
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -31,13 +34,16 @@ THINK_START = "<think>"
 THINK_END = "</think>"
 DSML = "｜DSML｜"
 LATEST_REMINDER = "<｜latest_reminder｜>"
+FIM_HOLE = "<｜fim▁hole｜>"
+FIM_BEGIN = "<｜fim▁begin｜>"
+FIM_END = "<｜fim▁end｜>"
 
 _REQUIRED = (BOS, EOS, USER, ASSISTANT, THINK_START, THINK_END, DSML)
 
 TEMPLATE_TOKENS = (
-    "<｜fim▁hole｜>",
-    "<｜fim▁begin｜>",
-    "<｜fim▁end｜>",
+    FIM_HOLE,
+    FIM_BEGIN,
+    FIM_END,
     USER,
     ASSISTANT,
     "<|EOT|>",
@@ -140,10 +146,21 @@ class Tokenizer:
         except KeyError:
             raise ConfigError(f"this tokenizer has no template token {token!r}") from None
 
+    def has_special(self, token: str) -> bool:
+        """Whether there is an added token spelled ``token``."""
+        return token in self._added
+
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids of all added tokens."""
         return frozenset(self._added.values())
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Grammars over this vocabulary; made at the first use, in about 10 us per token."""
+        return Grammars(
+            self._bytes, eos_id=self.eos_id, added=self.special_ids, encode=self.encode_plain
+        )
 
     # ---- encoding -----------------------------------------------------------------------------
     def encode_plain(self, text: str) -> list[int]:
@@ -182,6 +199,54 @@ class Tokenizer:
         if at < len(prompt):
             ids += self.encode_plain(prompt[at:])
         return ids
+
+    def encode_spliced(
+        self,
+        prompt: str,
+        special_ranges: Sequence[tuple[int, int]],
+        spans: Iterable[tuple[int, int, Sequence[int]]],
+    ) -> tuple[str, tuple[tuple[int, int], ...], list[int]]:
+        """Encode a prompt of which some spans are to be tokens already known.
+
+        Args:
+            prompt, special_ranges: as of ``encode_prompt``.
+            spans: ascending, disjoint (start, end, ids), each bounded by template tokens: ``ids``
+                replace ``prompt[start:end]``.
+
+        Returns:
+            The prompt as changed, its template ranges, and its ids. Raises as ``encode_prompt``.
+        """
+        texts: list[str] = []
+        ranges: list[tuple[int, int]] = []
+        ids: list[int] = []
+        begin = length = 0
+
+        def append(text: str, marks: Iterable[tuple[int, int]], tokens: Sequence[int]) -> None:
+            nonlocal length
+            ranges.extend((start + length, end + length) for start, end in marks)
+            texts.append(text)
+            ids.extend(tokens)
+            length += len(text)
+
+        for start, end, tokens in [*spans, (len(prompt), len(prompt), ())]:
+            first, last = (bisect_left(special_ranges, (at,)) for at in (begin, start))
+            inner = [(a - begin, b - begin) for a, b in special_ranges[first:last]]
+            append(prompt[begin:start], inner, self.encode_prompt(prompt[begin:start], inner))
+            append(*self._spelled(tokens), tokens)
+            begin = end
+        return "".join(texts), tuple(ranges), ids
+
+    def _spelled(self, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of ``ids`` and where in it added tokens stand."""
+        special = self.special_ids
+        text, ranges, plain = "", [], 0
+        for at, token in enumerate(ids):
+            if token in special:
+                text += self.decode(ids[plain:at])
+                ranges.append((len(text), len(text) + len(self.decode([token]))))
+                text += self.decode([token])
+                plain = at + 1
+        return text + self.decode(ids[plain:]), ranges
 
     # ---- decoding -----------------------------------------------------------------------------
     def token_bytes(self, token_id: int) -> bytes:

@@ -1,6 +1,8 @@
-"""HTTP in front of one engine: Chat Completions, models, health.
+"""HTTP in front of one engine: three protocols, models, health, and the doors before them.
 
-``app`` routes and errors · ``chat`` the chat endpoint · ``bridge`` engine thread to event loop ·
-``answering`` what it shares with the terminal · ``connection``, ``run`` uvicorn. This is the only
-package with async code.
+``app`` doors and routes together · ``routes`` every path of the protocols · ``endpoint`` what all
+generating endpoints do · ``conversations``, ``completions``, ``models`` what they serve ·
+``history`` turns remembered · ``failures`` every error in every protocol's shape · ``bridge``
+engine thread to event loop · ``answering`` what it shares with the terminal · ``connection``,
+``run`` uvicorn. This is the only package with async code.
 """

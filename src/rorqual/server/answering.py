@@ -11,7 +11,10 @@ from dataclasses import asdict
 
 from rorqual.engine.request import Request, SamplingParams, TokenOutput
 from rorqual.errors import EngineClosedError, EngineError
-from rorqual.protocol.parse import Answer, Event, TokenAlternatives
+from rorqual.protocol.completions import RenderedCompletion
+from rorqual.protocol.constraint import ConstraintSpec, build_constraint
+from rorqual.protocol.modes import Generation
+from rorqual.protocol.parse import Event, TokenAlternatives, TokenFeed
 from rorqual.protocol.render import RenderedRequest
 from rorqual.protocol.tokenizer import Tokenizer
 
@@ -23,18 +26,63 @@ def engine_request(
     tokenizer: Tokenizer,
     request_id: str,
     on_output: Callable[[TokenOutput], None] | None = None,
+    *,
+    generation: Generation | None = None,
 ) -> Request:
-    """What the engine is asked for ``rendered``; arguments as the fields of ``Request``."""
-    sampling = SamplingParams(**asdict(rendered.sampling), stop_token_ids=(tokenizer.eos_id,))
+    """What the engine is asked for ``rendered``; arguments as the fields of ``Request``.
+
+    Args:
+        generation: of the checkpoint: hold the answer to the request's tools, format and thinking
+            budget, which compiles grammars and so may take long. None leaves it free.
+
+    Raises:
+        RequestError: a schema cannot be enforced.
+    """
+    constraint = None if generation is None else _constraint(rendered, tokenizer, generation)
     return Request(
         prompt_ids=rendered.prompt_ids,
-        sampling=sampling,
+        sampling=_sampling(rendered, tokenizer),
         request_id=request_id,
         on_output=on_output,
+        constraint=constraint,
     )
 
 
-def feed(answer: Answer, output: TokenOutput, *, is_first: bool) -> list[Event]:
+def text_request(rendered: RenderedCompletion, tokenizer: Tokenizer, request_id: str) -> Request:
+    """What the engine is asked for a completion."""
+    return Request(
+        prompt_ids=rendered.prompt_ids,
+        sampling=_sampling(rendered, tokenizer),
+        request_id=request_id,
+    )
+
+
+def _constraint(
+    rendered: RenderedRequest, tokenizer: Tokenizer, generation: Generation
+) -> ConstraintSpec | None:
+    choice: str | dict[str, str] = rendered.tool_choice
+    if rendered.forced_tool is not None:
+        choice = {"type": "function", "name": rendered.forced_tool}
+    return build_constraint(
+        tokenizer,
+        tools=rendered.tools,
+        tool_choice=choice,
+        response_format=rendered.response_format,
+        thinking=rendered.starts_in_reasoning,
+        max_thinking_tokens=rendered.thinking_budget,
+        parallel_tool_calls=rendered.parallel_tool_calls,
+        block_is_open=rendered.starts_in_call,
+        generation=generation,
+    )
+
+
+def _sampling(
+    rendered: RenderedRequest | RenderedCompletion, tokenizer: Tokenizer
+) -> SamplingParams:
+    return SamplingParams(**asdict(rendered.sampling), stop_token_ids=(tokenizer.eos_id,))
+
+
+def feed(answer: TokenFeed, output: TokenOutput, *, is_first: bool) -> list[Event]:
     """Put one engine output into ``answer``; the events it completed.
 
     Once ``answer.is_complete`` the engine's further outputs, if any, mean nothing.
@@ -49,7 +97,7 @@ def feed(answer: Answer, output: TokenOutput, *, is_first: bool) -> list[Event]:
     return events
 
 
-def failure_in(answer: Answer, output: TokenOutput, request_id: str) -> EngineError | None:
+def failure_in(answer: TokenFeed, output: TokenOutput, request_id: str) -> EngineError | None:
     """Why ``output`` left ``answer`` without an end; None if it did not.
 
     The model's own words go to the log only: they may hold paths or other requests' data.

@@ -1,29 +1,44 @@
-"""The HTTP application: routes, and one shape for every error.
+"""The HTTP application: doors around routes, and one shape for every error.
 
-Everything it needs is passed in; it keeps no other state. ``server/run.py`` puts it on a socket.
+From outside in: a record of each request (``observing``), cross-origin permission (Starlette's),
+admission, API keys, their limits, bounds on the body, then the router. Each is plain ASGI and
+keeps its own state; everything they need is passed in. ``server/run.py`` puts it on a socket.
 """
 
 from __future__ import annotations
 
-import time
-from typing import Any
+from collections.abc import Sequence
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rorqual.errors import EngineClosedError, RorqualError, UnknownModelError
-from rorqual.protocol.modes import MODES, ModelCard
-from rorqual.protocol.render import Renderer
+from rorqual.errors import EngineClosedError, RorqualError
+from rorqual.protocol.modes import ModelCard
 from rorqual.protocol.tokenizer import Tokenizer
+from rorqual.server.access_log import AccessLog
+from rorqual.server.admission import Admission
+from rorqual.server.authentication import Authentication
+from rorqual.server.body import BodyBounds
 from rorqual.server.bridge import ServingEngine
-from rorqual.server.chat import ChatEndpoint
-from rorqual.server.failures import failure_of
+from rorqual.server.console import PUBLIC_PATHS, console_routes
+from rorqual.server.failures import failure_of, wire_of
+from rorqual.server.history import History
+from rorqual.server.keys import KeyRing
+from rorqual.server.limits import Limits
+from rorqual.server.metrics import Metrics
+from rorqual.server.observing import Observing
+from rorqual.server.routes import protocol_routes
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
 """Default limit; a million tokens of prompt are about 5 MB."""
+
+BODY_TIMEOUT_S = 60.0
+"""Longest wait for a client to send its body."""
 
 KEEPALIVE_S = 15.0
 """Longest silence on a streamed answer."""
@@ -31,7 +46,34 @@ KEEPALIVE_S = 15.0
 SEND_TIMEOUT_S = 60.0
 """Longest wait for a client that stopped reading its answer."""
 
+MAX_REQUESTS = 2048
+"""Requests under way at a time, streams included."""
+
+_STATUS_PATHS = frozenset({"/health", "/ready"})
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; nobody is left to read it
+_EXPOSED_HEADERS = (
+    "x-request-id",
+    "retry-after",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests",
+)
+
+
+class Application:
+    """An ASGI application that can be told to let nobody in any more."""
+
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+        self._app = app
+        self._admission = admission
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        await self._app(scope, receive, send)
+
+    def drain(self) -> None:
+        """Refuse new requests, and say so at ``/ready``; those under way go on."""
+        self._admission.drain()
 
 
 def create_app(
@@ -39,28 +81,31 @@ def create_app(
     tokenizer: Tokenizer,
     card: ModelCard,
     *,
+    keys: KeyRing | None = None,
+    history: History | None = None,
+    access_log: AccessLog | None = None,
+    cors_origins: Sequence[str] = (),
+    max_requests: int = MAX_REQUESTS,
     max_body_bytes: int = MAX_BODY_BYTES,
+    body_timeout_s: float = BODY_TIMEOUT_S,
     keepalive_s: float = KEEPALIVE_S,
     send_timeout_s: float = SEND_TIMEOUT_S,
-) -> Starlette:
+) -> Application:
     """The application serving ``card``'s model from ``engine``.
 
-    Routes: ``POST /v1/chat/completions``, ``GET /v1/models``, ``GET /v1/models/NAME``,
-    ``GET /health``; the first two also without ``/v1``, as DeepSeek's own base URL has it.
-    Closing the engine is the caller's business.
+    Routes: those of ``server/routes.py`` and ``server/console.py``; ``GET /health`` (it lives),
+    ``/ready`` (it takes requests), ``/metrics``. Closing engine, keys and log is the caller's
+    business.
+
+    Args:
+        keys: who may use it; None lets everybody who can connect.
+        history: remembers answers between requests; None does so in memory only.
+        cors_origins: web pages from elsewhere that may use it; none by default.
 
     Raises:
         ConfigError: the tokenizer does not fit the card's prompt layout.
     """
-    renderer = Renderer(card, tokenizer, max_context_tokens=engine.max_context_tokens)
-    chat = ChatEndpoint(
-        engine=engine,
-        renderer=renderer,
-        max_body_bytes=max_body_bytes,
-        keepalive_s=keepalive_s,
-        send_timeout_s=send_timeout_s,
-    )
-    models = _Models(card, renderer.context_tokens, created=int(time.time()))
+    metrics = Metrics(engine.stats, lambda: admission.is_draining)
 
     async def health(_: Request) -> Response:
         if engine.is_closed:
@@ -75,14 +120,26 @@ def create_app(
             }
         )
 
-    routes = [Route("/health", health)]
-    for base in ("/v1", ""):
-        routes += [
-            Route(f"{base}/chat/completions", chat.__call__, methods=["POST"]),
-            Route(f"{base}/models", models.list),
-            Route(f"{base}/models/{{name:path}}", models.get),
-        ]
-    return Starlette(
+    async def ready(_: Request) -> Response:
+        if admission.is_draining or engine.is_closed:
+            raise EngineClosedError("the server is shutting down")
+        return JSONResponse({"status": "ready"})
+
+    routes = [
+        Route("/health", health),
+        Route("/ready", ready),
+        Route("/metrics", metrics.endpoint),
+        *console_routes(engine, example=card.example),
+        *protocol_routes(
+            engine,
+            tokenizer,
+            card,
+            history=history,
+            keepalive_s=keepalive_s,
+            send_timeout_s=send_timeout_s,
+        ),
+    ]
+    app: ASGIApp = Starlette(
         routes=routes,
         exception_handlers={
             RorqualError: _refuse,
@@ -91,44 +148,30 @@ def create_app(
             Exception: _refuse,
         },
     )
+    app = BodyBounds(app, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
+    if keys is not None:
+        app = Limits(app)
+        app = Authentication(app, keys=keys, open_paths=_STATUS_PATHS | PUBLIC_PATHS)
+    app = admission = Admission(app, max_requests=max_requests, always=_STATUS_PATHS | {"/metrics"})
+    if cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED_HEADERS,
+        )
+    app = Observing(
+        app,
+        routes={route.endpoint: route.path for route in reversed(routes)},
+        times=metrics,
+        reports=[metrics.report, *([access_log.report] if access_log else [])],
+    )
+    return Application(app, admission)
 
 
-class _Models:
-    """The catalogue: one model under all its names."""
-
-    def __init__(self, card: ModelCard, context_tokens: int, *, created: int) -> None:
-        self._entries = {
-            name: {
-                "id": name,
-                "object": "model",
-                "created": created,
-                "owned_by": "rorqual",
-                "context_length": context_tokens,
-                "modes": list(MODES),
-                "default_mode": card.default_mode,
-                "description": card.description,
-            }
-            for name in (card.name, *card.aliases)
-        }
-
-    async def list(self, _: Request) -> Response:
-        """All models."""
-        return JSONResponse({"object": "list", "data": [*self._entries.values()]})
-
-    async def get(self, request: Request) -> Response:
-        """One model."""
-        name: Any = request.path_params["name"]
-        if name not in self._entries:
-            raise UnknownModelError(
-                f"The supported API model names are {', '.join(self._entries)}, "
-                f"but you passed {name}.",
-                param="model",
-            )
-        return JSONResponse(self._entries[name])
-
-
-async def _refuse(_: Request, error: Exception) -> Response:
-    return failure_of(error).response()
+async def _refuse(request: Request, error: Exception) -> Response:
+    return failure_of(error).response(wire_of(request.url.path))
 
 
 async def _refuse_http(request: Request, error: Exception) -> Response:
@@ -141,7 +184,8 @@ async def _refuse_http(request: Request, error: Exception) -> Response:
         detail = f"{request.url.path} does not take {request.method}, only {allowed}"
     else:
         detail = error.detail
-    return failure_of(HTTPException(error.status_code, detail, headers)).response()
+    failure = failure_of(HTTPException(error.status_code, detail, headers))
+    return failure.response(wire_of(request.url.path))
 
 
 async def _client_left(_: Request, __: Exception) -> Response:

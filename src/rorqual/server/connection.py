@@ -1,44 +1,143 @@
-"""One HTTP connection: uvicorn's, with a limit on the time its client takes to ask something."""
+"""One HTTP connection: uvicorn's, with limits on what its client may take: time and memory.
+
+uvicorn itself waits for ever for a client that connects and sends nothing, or half a header, or
+does not read its answer; and it keeps headers of any size.
+"""
 
 from __future__ import annotations
 
 import asyncio
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+_TOO_MUCH_HEADER = b"the request's line and headers are too long"
 
 
-class Connection(H11Protocol):
-    """Closed when a request's line and headers are not complete in ``header_timeout_s``.
-
-    uvicorn itself waits for ever for a client that connects and sends nothing, or half a header.
-    """
+class Connection(HttpToolsProtocol):
+    """Cut off when its client holds things up; the application then sees a disconnect."""
 
     header_timeout_s = 30.0
-    _deadline: asyncio.TimerHandle | None = None
+    """For a request's line and headers to arrive."""
+    write_timeout_s = 30.0
+    """For a client that has stopped reading to read what is buffered (64 KiB)."""
+    max_header_bytes = 64 * 1024
+    """Of a request's line and headers, and of what came in one packet with them."""
+    max_connections = 8192
+    """Idle ones included; more are closed at once. Requests have a limit of their own."""
+
+    _asking: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
+    _num_header_bytes = 0
+    _in_header = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Called once, by the event loop."""
         super().connection_made(transport)
-        self._watch()
+        if len(self.connections) > self.max_connections:
+            self.abort()
+        self._watch_asking()
 
     def data_received(self, data: bytes) -> None:
         """Called with whatever arrives, by the event loop."""
         super().data_received(data)
-        self._watch()
+        if self._in_header:
+            self._num_header_bytes += len(data)
+            if self._num_header_bytes > self.max_header_bytes:
+                self._refuse(431, _TOO_MUCH_HEADER)
+        self._watch_asking()
+
+    def on_message_begin(self) -> None:
+        """Called by the parser at a request's first byte."""
+        super().on_message_begin()
+        self._in_header = True
+        self._num_header_bytes = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser; trailers, which nobody asked for, are dropped."""
+        if self._in_header:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser."""
+        self._in_header = False
+        super().on_headers_complete()
+
+    def on_response_complete(self) -> None:
+        """Called by uvicorn after an answer's last byte was handed over."""
+        super().on_response_complete()
+        self._watch_closing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Called by uvicorn after an idle time."""
+        super().timeout_keep_alive_handler()
+        self._watch_closing()
+
+    def shutdown(self) -> None:
+        """Called by uvicorn when the server ends."""
+        super().shutdown()
+        self._watch_closing()
+
+    def pause_writing(self) -> None:
+        """Called by the event loop when the client does not keep up with its answer."""
+        super().pause_writing()
+        self._watch_reading()
+
+    def resume_writing(self) -> None:
+        """Called by the event loop when it has caught up."""
+        super().resume_writing()
+        self._forget_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called once, by the event loop."""
-        self._forget_deadline()
+        self._forget_asking()
+        self._forget_reading()
         super().connection_lost(exc)
 
-    def _watch(self) -> None:
+    def abort(self) -> None:
+        """Hang up at once; what is buffered is lost."""
+        self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn for what is no HTTP: there is no path, so no protocol to speak."""
+        self._refuse(400, msg.encode())
+
+    def _refuse(self, status: int, message: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        kind = "invalid_request_error"
+        error = {"message": message.decode(), "type": kind, "param": None, "code": kind}
+        body = msgspec.json.encode({"error": error})
+        self.transport.write(
+            b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+            b"connection: close\r\n\r\n%s"
+            % (status, b"Bad Request" if status == 400 else b"Headers Too Large", len(body), body)
+        )
+        self.transport.close()
+        self._watch_closing()
+
+    def _watch_asking(self) -> None:
         is_asking = self.cycle is None or self.cycle.response_complete
         if not is_asking:
-            self._forget_deadline()
-        elif self._deadline is None and not self.transport.is_closing():
-            self._deadline = self.loop.call_later(self.header_timeout_s, self.transport.abort)
+            self._forget_asking()
+        elif self._asking is None and not self.transport.is_closing():
+            self._asking = self.loop.call_later(self.header_timeout_s, self.abort)
 
-    def _forget_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _watch_reading(self) -> None:
+        if self._reading is None:
+            self._reading = self.loop.call_later(self.write_timeout_s, self.abort)
+
+    def _watch_closing(self) -> None:
+        # A closing transport stays until its client has read what is left.
+        if self.transport.is_closing():
+            self._watch_reading()
+
+    def _forget_asking(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
+            self._asking = None
+
+    def _forget_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
