@@ -1,16 +1,17 @@
 """What a config costs, by formula: parameters, weight bytes, cache bytes. Nothing is measured.
 
-Formulas are in the docstrings. Symbols: ``c`` head_dim, ``r`` qk_rope_head_dim, ``i``
-index_head_dim, ``m`` a layer's compression ratio. MTP blocks are left out of every number here, as
-in the published ones.
+Operations are in ``flops``. Formulas are in the docstrings. Symbols: ``c`` head_dim, ``r``
+qk_rope_head_dim, ``i`` index_head_dim, ``m`` a layer's compression ratio. MTP blocks are left out
+of every number here, as in the published ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rorqual.model.config import ModelConfig, is_overlapping
-from rorqual.model.layout import count_parameters, tensor_table
+from rorqual.model.layout import TensorSpec, count_parameters, tensor_table
 
 FP8_KV_BLOCK = 64
 """Unrotated dims that share one scale in a packed cache entry."""
@@ -34,9 +35,37 @@ class CacheCost:
     tail_bytes: int
     """Fixed: values and scores of unfinished compression groups."""
 
+    def entries(self, num_tokens: int) -> float:
+        """Bytes of keys and values alone, without the unfinished groups: what reports compare."""
+        return self.window_bytes + self.per_token * num_tokens
+
     def total(self, num_tokens: int) -> float:
         """Bytes of one sequence of ``num_tokens`` (at least a full window)."""
-        return self.window_bytes + self.tail_bytes + self.per_token * num_tokens
+        return self.entries(num_tokens) + self.tail_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightReads:
+    """Stored weights that decoding reads from memory, bytes."""
+
+    dense_bytes: int
+    """Read once per step whatever the batch: all but routed experts and tables."""
+    routed_bytes: int
+    """All routed experts of all layers."""
+    row_bytes: int
+    """Read per token: one row of the embedding and of each hash-routing table."""
+    num_experts: int
+    num_chosen: int
+    """Routed experts per token."""
+
+    def per_token(self, batch: int) -> float:
+        """Bytes read per token when ``batch`` sequences decode together.
+
+        row + (dense + routed (1 - (1 - K / E)^batch)) / batch: the power is the chance that no
+        token of the batch chose an expert, each choosing K of E evenly and independently.
+        """
+        touched = 1.0 - (1.0 - self.num_chosen / self.num_experts) ** batch
+        return self.row_bytes + (self.dense_bytes + self.routed_bytes * touched) / batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +78,7 @@ class ModelCost:
     weight_bytes: int
     """Stored weights and scales without MTP."""
     mtp_bytes: int
+    reads: WeightReads
     cache: CacheCost
 
 
@@ -67,7 +97,23 @@ def model_cost(config: ModelConfig, *, cache_float_bytes: int = 4) -> ModelCost:
         active_parameters=count.active,
         weight_bytes=sum(spec.nbytes for spec in table) - mtp_bytes,
         mtp_bytes=mtp_bytes,
+        reads=_weight_reads(config, table),
         cache=cache_cost(config, float_bytes=cache_float_bytes),
+    )
+
+
+def _weight_reads(config: ModelConfig, table: Iterable[TensorSpec]) -> WeightReads:
+    main = [spec for spec in table if not spec.is_mtp]
+    routed = sum(spec.nbytes for spec in main if spec.role == "routed_expert")
+    tables = [spec for spec in main if spec.role in ("embedding", "hash_table")]
+    return WeightReads(
+        dense_bytes=sum(spec.nbytes for spec in main)
+        - routed
+        - sum(spec.nbytes for spec in tables),
+        routed_bytes=routed,
+        row_bytes=sum(spec.nbytes // spec.shape[0] for spec in tables),
+        num_experts=config.n_routed_experts,
+        num_chosen=config.num_experts_per_tok,
     )
 
 
