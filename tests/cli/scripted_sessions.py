@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from rorqual.cli.session import Session
 from rorqual.engine.engine import Engine
+from rorqual.engine.torch_backend import TorchBackend
 from rorqual.model.config import TINY
 from rorqual.protocol.modes import ModelCard, SamplingDefaults
 from rorqual.protocol.render import Renderer
@@ -68,7 +69,7 @@ def scripted_session(
         return ids[turn][-1] if endless[turn] else tokenizer.eos_id
 
     config = TINY.replace(vocab_size=tokenizer.vocab_size)
-    engine = Engine(ScriptedModel(script, config))
+    engine = Engine(TorchBackend(ScriptedModel(script, config)))
     try:
         yield Session(
             card=card,

@@ -6,13 +6,17 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripted_sessions import CARD, CONFIG
 
+from rorqual.cli.backends import BackendOptions
 from rorqual.cli.loading import choose_device, open_session, read_card
 from rorqual.cli.main import main
 from rorqual.errors import ConfigError, PromptTooLongError
+
+ONE_THREAD = BackendOptions(threads=1)
 
 
 def released(model_dir: Path, path: Path) -> Path:
@@ -26,7 +30,9 @@ def test_checkpoint_without_a_card_is_served_as_its_generation(
     model_dir: Path, tmp_path: Path
 ) -> None:
     path = released(model_dir, tmp_path / "V4-Tiny")
-    with open_session(str(path), threads=1, device="cpu", generation="ga", name="flash") as session:
+    with open_session(
+        str(path), backend=ONE_THREAD, device="cpu", generation="ga", name="flash"
+    ) as session:
         assert session.card.name == "flash"
         assert session.card.generation == "ga"
         assert session.card.default_mode == "think"
@@ -62,9 +68,9 @@ def test_context_is_the_least_of_option_card_and_network(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert CARD.context_length < CONFIG.max_position_embeddings
-    with open_session(str(model_dir), threads=1) as session:
+    with open_session(str(model_dir), backend=ONE_THREAD) as session:
         assert session.context_tokens == CARD.context_length
-    with open_session(str(model_dir), threads=1, context=300) as session:
+    with open_session(str(model_dir), backend=ONE_THREAD, context=300) as session:
         assert session.context_tokens == session.engine.max_context_tokens == 300
         with pytest.raises(PromptTooLongError, match="maximum context length is 300 tokens"):
             session.ask({"messages": [{"role": "user", "content": "hello " * 300}]})
@@ -72,7 +78,7 @@ def test_context_is_the_least_of_option_card_and_network(
     shutil.copytree(model_dir, path)
     config = json.loads((path / "config.json").read_text("utf-8"))
     (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
-    with open_session(str(path), threads=1) as session:
+    with open_session(str(path), backend=ONE_THREAD) as session:
         assert session.context_tokens == 512
     assert main(["serve", str(path), "--context", "600"]) == 1
     assert "--context 600 exceeds the 512 tokens of tiny" in capsys.readouterr().err

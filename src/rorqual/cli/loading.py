@@ -12,8 +12,9 @@ from typing import get_args
 import msgspec
 import torch
 
+from rorqual.cli.backends import BackendOptions, make_backend
 from rorqual.cli.models import resolve_model
-from rorqual.cli.progress import byte_progress
+from rorqual.cli.progress import byte_progress, status
 from rorqual.cli.session import Session
 from rorqual.engine.engine import Engine, EngineConfig
 from rorqual.engine.scheduler import SchedulerLimits
@@ -31,9 +32,9 @@ _log = logging.getLogger(__name__)
 def open_session(
     model: str,
     *,
-    threads: int | None = None,
     context: int | None = None,
     device: str = "auto",
+    backend: BackendOptions | None = None,
     generation: Generation | None = None,
     name: str | None = None,
     limits: SchedulerLimits | None = None,
@@ -42,13 +43,13 @@ def open_session(
     """Load ``model`` and run an engine on it for the length of the block.
 
     Args:
-        threads: of the model, None for all cores. context: limit in tokens, None for the most
-            that card and network allow. device: see ``choose_device``.
+        context: limit in tokens, None for the most that card and network allow.
+        device: see ``choose_device``. backend: what runs the network, see ``make_backend``.
         generation, name: instead of what the model's card says; see ``read_card``.
         limits, max_waiting: as in ``EngineConfig``.
 
     Raises:
-        ConfigError, CheckpointError: the model cannot be loaded.
+        ConfigError, CheckpointError: the model cannot be loaded or run.
     """
     path = resolve_model(model)
     network_config = read_config(path / "config.json")
@@ -65,14 +66,12 @@ def open_session(
     device = choose_device(device, has_cuda=torch.cuda.is_available())
     with byte_progress(f"Loading {card.name}") as progress:
         network = load_model(path, progress=progress).to(device)
-    config = EngineConfig(
-        limits=limits or SchedulerLimits(),
-        max_waiting=max_waiting,
-        max_context_tokens=context,
-        num_threads=threads,
-        device=device,
-    )
-    engine = Engine(network, config)
+    limits = limits or SchedulerLimits()
+    with status("Preparing the engine"):
+        runner = make_backend(network, device, limits.max_running, backend or BackendOptions())
+    del network
+    config = EngineConfig(limits=limits, max_waiting=max_waiting, max_context_tokens=context)
+    engine = Engine(runner, config)
     try:
         yield Session(
             card=card,

@@ -15,6 +15,9 @@ MODES = ("non-think", "think", "think-max")
 GENERATIONS = ("preview", "ga", "v4.1")
 """Both as in ``protocol.modes``, which is slow to import; a test keeps them equal."""
 DEVICES = ("auto", "cpu", "cuda")
+ENGINES = ("auto", "native", "torch")
+WEIGHTS = ("as-stored", "fp32", "bf16", "int8")
+PRECISIONS = ("full", "compact")
 
 _MODEL_HELP = "checkpoint directory or built-in model name (default: %(default)s)"
 
@@ -30,7 +33,7 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """``--device --threads --context --generation``."""
+    """How the model is run: device, engine, context, cache."""
     parser.add_argument(
         "--device",
         choices=DEVICES,
@@ -52,12 +55,55 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         help="which release's prompts the checkpoint knows: preview (April), ga (July and August) "
         "or v4.1 (default: its card.json, which released checkpoints lack)",
     )
+    group = parser.add_argument_group("engine (the rest is for the native one)")
+    group.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="auto",
+        help="native: the CPU kernels with the shared cache; torch: plain PyTorch (default: "
+        "native on a CPU where it was built)",
+    )
+    group.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default="as-stored",
+        help="convert the weights while loading; int8 and bf16 are smaller and faster and change "
+        "answers a little (default: %(default)s)",
+    )
+    group.add_argument(
+        "--cache-precision",
+        choices=PRECISIONS,
+        default="full",
+        help="compact is the released models' own: FP8 entries, FP4 keys (default: %(default)s)",
+    )
+    group.add_argument(
+        "--cache-memory",
+        type=positive_int,
+        metavar="MIB",
+        help="memory for running and remembered prompts (default: an eighth of the machine's)",
+    )
+    group.add_argument(
+        "--cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="remember prompts here too, so that a restart does not read them again",
+    )
 
 
 def loading_fields(args: argparse.Namespace) -> dict[str, Any]:
     """What the model and loading options say, as keyword arguments of ``open_session``."""
-    names = ("model", "device", "threads", "context", "generation")
-    return {name: getattr(args, name) for name in names}
+    from rorqual.cli.backends import BackendOptions  # slow to import
+
+    options = BackendOptions(
+        engine=args.engine,
+        threads=args.threads,
+        weights=args.weights.replace("-", " "),
+        precision=args.cache_precision,
+        cache_memory_mib=args.cache_memory,
+        cache_dir=args.cache_dir,
+    )
+    names = ("model", "device", "context", "generation")
+    return {**{name: getattr(args, name) for name in names}, "backend": options}
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:

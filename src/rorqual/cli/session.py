@@ -165,7 +165,9 @@ class Session:
         return answer.whole(created)
 
     def _submit(self, rendered: RenderedRequest, name: str) -> Handle:
-        return self.engine.submit(engine_request(rendered, self.tokenizer, name))
+        return self.engine.submit(
+            engine_request(rendered, self.tokenizer, name, generation=self.card.generation)
+        )
 
     def _name(self) -> str:
         return f"chatcmpl-local-{next(self._numbers)}"
