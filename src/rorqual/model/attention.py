@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels import packed, reference
+from rorqual.kernels import dispatch, packed, reference
 from rorqual.model.compressor import Compressor
 from rorqual.model.config import ModelConfig, is_overlapping
 from rorqual.model.indexer import Indexer
@@ -176,10 +176,11 @@ class Attention(nn.Module):
             shifted = torch.where(chosen_TK >= 0, chosen_TK + recent_SC.shape[0], -1)
             index_TK = torch.cat((index_TK, shifted), dim=-1)
             kv_SC = torch.cat((recent_SC, entries_SC))
+        kernels = dispatch.kernels_for(q_THC)
         step = max(1, _GATHER_LIMIT // (index_TK.shape[-1] * self.head_dim))
         return torch.cat(
             [
-                reference.sparse_attention(
+                kernels.sparse_attention(
                     q_THC[i : i + step], kv_SC, self.attn_sink, index_TK[i : i + step], self.scale
                 )
                 for i in range(0, num_tokens, step)

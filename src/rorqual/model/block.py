@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels import packed, reference
+from rorqual.kernels import dispatch, packed
 from rorqual.kernels.packed import AttentionLayout
 from rorqual.kernels.reference import StreamMixing
 from rorqual.model.attention import Attention, Ragged
@@ -53,20 +53,22 @@ class Block(nn.Module):
         """Normalised input of a sub-layer, and how its output is to be written back."""
         fn, scale, base, norm = self._connection(kind)
         iterations, eps, norm_eps = self._constants
-        mixing = reference.stream_mixing(
+        kernels = dispatch.kernels_for(streams_NMD)
+        mixing = kernels.stream_mixing(
             streams_NMD, fn, scale, base, iterations=iterations, eps=eps, norm_eps=norm_eps
         )
-        return norm(reference.read_streams(streams_NMD, mixing.pre_NM)), mixing
+        return norm(kernels.read_streams(streams_NMD, mixing.pre_NM)), mixing
 
     def forward(
         self, streams_NMD: Tensor, tokens_N: Tensor, ragged: Ragged, states: Sequence[LayerState]
     ) -> Tensor:
         """Inference step; advances ``states``, one per sequence of the ragged batch."""
+        kernels = dispatch.kernels_for(streams_NMD)
         x_ND, mixing = self._enter(streams_NMD, "attn")
         out_ND = self.attn(x_ND, ragged, states)
-        streams_NMD = reference.write_streams(out_ND, streams_NMD, mixing)
+        streams_NMD = kernels.write_streams(out_ND, streams_NMD, mixing)
         x_ND, mixing = self._enter(streams_NMD, "ffn")
-        return reference.write_streams(self.ffn(x_ND, tokens_N), streams_NMD, mixing)
+        return kernels.write_streams(self.ffn(x_ND, tokens_N), streams_NMD, mixing)
 
     def forward_packed(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels import reference
+from rorqual.kernels import dispatch, reference
 from rorqual.model.config import ModelConfig, is_overlapping
 from rorqual.model.linear import Linear
 from rorqual.model.norm import RMSNorm
@@ -74,7 +74,7 @@ class Compressor(nn.Module):
             scores = _with_previous(scores, torch.cat((before_s[None], scores[:-1, :, :half])))
         first = len(state.entries)
         starts = torch.arange(first, first + groups, device=values.device) * self.ratio
-        pooled = reference.pool_group(values, scores)
+        pooled = dispatch.kernels_for(values).pool_group(values, scores)
         state.entries.append(self._finish(pooled, starts, rope, dtype))
 
     def forward_packed(self, x_BTD: Tensor, batch: PackedBatch, rope: RotaryTable) -> Tensor:

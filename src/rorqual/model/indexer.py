@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels import reference
+from rorqual.kernels import dispatch, reference
 from rorqual.model.compressor import Compressor
 from rorqual.model.config import ModelConfig
 from rorqual.model.linear import Linear
@@ -58,12 +58,13 @@ class Indexer(nn.Module):
         """
         if keys_SC.shape[0] <= self.topk:  # everything visible is selected: no need to score
             return reference.visible_entries(keys_SC.shape[0], visible_T)
+        kernels = dispatch.kernels_for(q_THC)
         step = max(1, _SCORE_LIMIT // (self.num_heads * keys_SC.shape[0]))
         blocks = zip(q_THC.split(step), weight_TH.split(step), visible_T.split(step), strict=True)
         return torch.cat(
             [
                 reference.select_entries(
-                    reference.indexer_scores(q, weight, keys_SC), visible, self.topk
+                    kernels.indexer_scores(q, weight, keys_SC), visible, self.topk
                 )
                 for q, weight, visible in blocks
             ]

@@ -8,12 +8,16 @@ official GEMMs do (docs/design/numerics.md).
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from rorqual.kernels import reference
+from rorqual.kernels import dispatch, reference
+
+if TYPE_CHECKING:  # needs the optional triton
+    from rorqual.kernels.triton import WeightTable
 
 WeightFormat = Literal["plain", "fp8", "fp4"]
 FP8_TILE = 128
@@ -42,6 +46,7 @@ class Linear(nn.Module):
         weight, scale = empty_weight(out_features, in_features, weight_format)
         self.weight = nn.Parameter(weight, requires_grad=weight_format == "plain")
         self.register_buffer("scale", scale)
+        self._product = PackedProduct()
 
     def dequantized(self) -> Tensor:
         """The weight as floating point [out, in]; the stored tensor itself when it is plain."""
@@ -55,10 +60,43 @@ class Linear(nn.Module):
         """[..., in] -> [..., out] in the dtype of ``x``."""
         if self.weight_format == "plain":
             return nn.functional.linear(x, self.weight.to(x.dtype))
+        if dispatch.on_triton(x):
+            rows = x.reshape(-1, self.in_features)
+            end = torch.full((1,), rows.shape[0], device=x.device)
+            out: Tensor = self._product([self], rows, end).unflatten(0, x.shape[:-1])
+            return out
         if self.quantize_input:
-            x_q = reference.simulate_fp8(x, FP8_TILE)
+            x_q = self.rounded(x)
             return nn.functional.linear(x_q.float(), self.dequantized()).to(x.dtype)
         return nn.functional.linear(x, self.dequantized().to(x.dtype))
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """The input as the product takes it, in the dtype of ``x``."""
+        return reference.simulate_fp8(x, FP8_TILE) if self.quantize_input else x
+
+
+class PackedProduct:
+    """Applies quantised linears of one shape and format together, by the Triton kernels.
+
+    Keeps the table of where their weights lie; always to be called with the same linears.
+    """
+
+    def __init__(self) -> None:
+        self._table: WeightTable | None = None
+        self._built_for = 0
+
+    def __call__(self, linears: Sequence[Linear], x_NI: Tensor, ends_E: Tensor) -> Tensor:
+        """[N, in] -> [N, out]: rows up to ``ends_E[e]`` from the previous end by linear ``e``."""
+        from rorqual.kernels import triton
+
+        first = linears[0]
+        if self._table is None or self._built_for != first.weight.data_ptr():  # moved or reloaded
+            kind = first.weight_format
+            assert kind != "plain"
+            scales = [linear.scale for linear in linears if linear.scale is not None]
+            self._table = triton.WeightTable.of([linear.weight for linear in linears], scales, kind)
+            self._built_for = first.weight.data_ptr()
+        return triton.grouped_linear(first.rounded(x_NI), ends_E, self._table)
 
 
 def empty_weight(
