@@ -8,9 +8,20 @@ RorqualError                  caught by the CLI and the server; anything else is
 ├── RequestError              the client's request is wrong (HTTP 400 unless a subclass says else)
 │   ├── PromptTooLongError    prompt + answer does not fit the context
 │   └── UnknownModelError     no such model is served (HTTP 404)
-└── EngineError               the engine cannot serve
-    ├── EngineOverloadedError the queue is full (HTTP 429)
-    └── EngineClosedError     the engine has shut down (HTTP 503)
+├── EngineError               the engine cannot serve
+│   ├── EngineOverloadedError the queue is full (HTTP 429)
+│   └── EngineClosedError     the engine has shut down (HTTP 503)
+└── SandboxError              something about a sandbox; which subclass says who is at fault
+    ├── SandboxRequestError   the caller's mistake; also a ValueError
+    │   └── UnsupportedError  this substrate cannot do that; its capabilities say so beforehand
+    ├── SandboxRefusedError   policy: the sandbox is not allowed what was tried
+    ├── SandboxFailedError    the operator's: the sandbox or what it runs on failed
+    │   ├── SubstrateMissingError  the machine lacks a tool; the message names the command to get it
+    │   └── SandboxLostError  the sandbox is gone: killed, expired or crashed
+    ├── CommandFailedError    a command's bad end, raised only where the caller asked for it
+    └── TrajectoryError       a trajectory cannot go on from its log
+        ├── DivergenceError   a different request at the same place of the log
+        └── LostExecError     a command began, its end is unknown and no snapshot can undo it
 ```
 """
 
@@ -73,3 +84,55 @@ class EngineOverloadedError(EngineError):
 
 class EngineClosedError(EngineError):
     """The engine has been closed."""
+
+
+class SandboxError(RorqualError):
+    """Something about a sandbox went wrong; the subclass says who is at fault."""
+
+
+class SandboxRequestError(SandboxError, ValueError):
+    """The caller's mistake: a bad option, a path that does not exist, a sandbox used after its end.
+
+    Attributes:
+        errno: the system's number for it where there is one, else None.
+    """
+
+    def __init__(self, message: str, *, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class UnsupportedError(SandboxRequestError):
+    """The substrate cannot do this; `Sandbox.capabilities` says so beforehand."""
+
+
+class SandboxRefusedError(SandboxError):
+    """Policy: what was tried is outside what this sandbox is allowed."""
+
+
+class SandboxFailedError(SandboxError):
+    """The operator's concern: the sandbox, its runtime or the machine failed."""
+
+
+class SubstrateMissingError(SandboxFailedError):
+    """This machine lacks something a substrate needs; the message names the command to get it."""
+
+
+class SandboxLostError(SandboxFailedError):
+    """The sandbox is gone: it was killed, its time was up, or it crashed."""
+
+
+class CommandFailedError(SandboxError):
+    """A command ended badly; raised by `ExecResult.check` only."""
+
+
+class TrajectoryError(SandboxError):
+    """A trajectory cannot go on from its log; the message says at which record."""
+
+
+class DivergenceError(TrajectoryError):
+    """A different request came at a place of the log that already holds one."""
+
+
+class LostExecError(TrajectoryError):
+    """A command was started, its end is unknown, and there is no snapshot from before it."""

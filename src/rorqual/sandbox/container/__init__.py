@@ -1,0 +1,1 @@
+"""Containers: an OCI runtime, control groups, an overlay, and the agent as first process."""

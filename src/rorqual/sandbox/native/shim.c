@@ -1,0 +1,228 @@
+// Owner of one container on the host: prepares its mounts, starts the runtime, waits, cleans up.
+//
+// Usage: shim STATE_DIR [--life] [--umount PATH] [--bind FROM TO] [--tmpfs PATH OPTIONS]
+//             [--overlay PATH OPTIONS] [--mkdir PATH] [--cgroup DIR] [--residue DIR] ...
+//             -- RUNTIME ARGUMENT...
+//   --cgroup: joined before the runtime starts and removed at the end; --residue: only removed
+//   descriptor 0: handed to the runtime (the agent's listening socket)
+//   descriptor 2: log of the runtime
+//   descriptor 3, with --life: the creator's end of a socket pair; when it closes, the container
+//                 is killed. It closes here when everything is gone.
+//
+// All mounts are made in a private mount namespace, so whatever kills this process also unmounts
+// them. A container whose shim was killed sees its guard pipe close and ends too; then only files
+// and empty control groups remain, which the next sweep removes: STATE_DIR/lock is no longer held.
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <ftw.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { LIFE_FD = 3, MAX_CGROUPS = 16, MAX_MOUNTS = 64 };
+
+static const char *cgroups[MAX_CGROUPS], *residues[MAX_CGROUPS], *mounts[MAX_MOUNTS];
+static int num_cgroups, num_residues, num_mounts;
+
+static _Noreturn void fail(const char *what, const char *on) {
+    dprintf(2, "shim: %s %s: %s\n", what, on, strerror(errno));
+    _exit(1);
+}
+
+// Write `text` to DIR/NAME; a file that does not exist is not an error (other cgroup version).
+static void write_in(const char *directory, const char *name, const char *text, bool must) {
+    char path[4096];
+    snprintf(path, sizeof path, "%s/%s", directory, name);
+    int fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (fd < 0 && !must) return;
+    if (fd < 0 || (write(fd, text, strlen(text)) < 0 && must)) fail("write", path);
+    close(fd);
+}
+
+static void mounted(const char *path) {
+    if (num_mounts < MAX_MOUNTS) mounts[num_mounts++] = path;
+}
+
+static int prepare(int argc, char **argv, bool *life) {
+    bool separated = false;
+    for (int i = 2; i < argc;) {
+        const char *name = argv[i], *path = i + 1 < argc ? argv[i + 1] : "";
+        if (!strcmp(name, "--")) return i + 1;
+        if (!strcmp(name, "--life")) {
+            *life = true;
+            i += 1;
+            continue;
+        }
+        bool is_mount = !strcmp(name, "--umount") || !strcmp(name, "--bind") ||
+                        !strcmp(name, "--tmpfs") || !strcmp(name, "--overlay");
+        if (is_mount && !separated) {
+            if (unshare(CLONE_NEWNS) < 0) fail("unshare", "mounts");
+            if (mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0) fail("make private", "/");
+            separated = true;
+        }
+        const char *more = i + 2 < argc ? argv[i + 2] : "";
+        if (!strcmp(name, "--umount")) {
+            if (umount2(path, MNT_DETACH) < 0 && errno != EINVAL && errno != ENOENT) fail("umount", path);
+            i += 2;
+        } else if (!strcmp(name, "--mkdir")) {
+            if (mkdir(path, 0755) < 0 && errno != EEXIST) fail("mkdir", path);
+            i += 2;
+        } else if (!strcmp(name, "--bind")) {
+            if (mount(path, more, NULL, MS_BIND | MS_REC, NULL) < 0) fail("bind", more);
+            if (mount(NULL, more, NULL, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV, NULL) < 0)
+                fail("remount", more);
+            mounted(more);
+            i += 3;
+        } else if (!strcmp(name, "--tmpfs")) {
+            if (mount("tmpfs", path, "tmpfs", MS_NOSUID | MS_NODEV, more) < 0) fail("tmpfs", path);
+            mounted(path);
+            i += 3;
+        } else if (!strcmp(name, "--overlay")) {
+            if (mount("overlay", path, "overlay", MS_NOSUID | MS_NODEV, more) < 0) fail("overlay", path);
+            mounted(path);
+            i += 3;
+        } else if (!strcmp(name, "--cgroup")) {
+            if (num_cgroups == MAX_CGROUPS) fail("too many", "cgroups");
+            cgroups[num_cgroups++] = path;
+            i += 2;
+        } else if (!strcmp(name, "--residue")) {
+            if (num_residues == MAX_CGROUPS) fail("too many", "residues");
+            residues[num_residues++] = path;
+            i += 2;
+        } else {
+            errno = EINVAL;
+            fail("option", name);
+        }
+    }
+    errno = EINVAL;
+    fail("missing", "--");
+}
+
+// Kill every process named in a file of process ids.
+static void kill_listed(const char *path) {
+    char list[65536];
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, list, sizeof list - 1);
+    if (fd >= 0) close(fd);
+    if (n <= 0) return;
+    list[n] = 0;
+    for (char *p = list, *end; *p; p = end) {
+        long pid = strtol(p, &end, 10);
+        if (end == p) break;
+        if (pid > 1 && pid != getpid()) kill((pid_t)pid, SIGKILL);
+    }
+}
+
+static void kill_children(void) {
+    char path[4096];
+    for (int i = 0; i < num_cgroups; i++) {
+        write_in(cgroups[i], "freezer.state", "THAWED", false);  // a frozen process cannot die
+        write_in(cgroups[i], "cgroup.freeze", "0", false);
+        snprintf(path, sizeof path, "%s/cgroup.procs", cgroups[i]);
+        kill_listed(path);
+    }
+    snprintf(path, sizeof path, "/proc/self/task/%d/children", getpid());
+    kill_listed(path);
+}
+
+// Reap until no child is left; true while some live.
+static bool reap(void) {
+    for (;;) {
+        pid_t pid = waitpid(-1, NULL, WNOHANG);
+        if (pid == 0) return true;
+        if (pid < 0 && errno != EINTR) return false;
+    }
+}
+
+static int remove_entry(const char *path, const struct stat *st, int kind, struct FTW *at) {
+    (void)st, (void)kind, (void)at;
+    remove(path);
+    return 0;
+}
+
+// Some runtimes make groups of their own below ours. Control files cannot be unlinked, only left.
+static int remove_group(const char *path, const struct stat *st, int kind, struct FTW *at) {
+    (void)st, (void)at;
+    return kind == FTW_DP && rmdir(path) < 0 && errno == EBUSY;
+}
+
+static void clean_up(const char *state) {
+    for (int i = num_mounts - 1; i >= 0; i--) umount2(mounts[i], MNT_DETACH);
+    int left = 0;
+    for (int round = 0; round < 5000; round++) {  // a dying process leaves its group a little later
+        left = 0;
+        for (int i = 0; i < num_cgroups; i++)
+            if (nftw(cgroups[i], remove_group, 32, FTW_DEPTH | FTW_PHYS) > 0) left++;
+        for (int i = 0; i < num_residues; i++)
+            if (nftw(residues[i], remove_group, 32, FTW_DEPTH | FTW_PHYS) > 0) left++;
+        if (!left) break;
+        kill_children();
+        usleep(2000);
+    }
+    if (left) return;  // the directory stays, so that a sweep finds the groups
+    nftw(state, remove_entry, 32, FTW_DEPTH | FTW_PHYS | FTW_MOUNT);
+}
+
+static void wait_for_end(bool life, int signal_fd) {
+    struct pollfd fds[2] = {{signal_fd, POLLIN, 0}, {life ? LIFE_FD : -1, POLLIN, 0}};
+    bool dying = false;
+    while (reap()) {
+        if (dying) kill_children();
+        if (poll(fds, 2, dying ? 5 : -1) < 0 && errno != EINTR) break;
+        struct signalfd_siginfo info;
+        while (read(signal_fd, &info, sizeof info) > 0)
+            if (info.ssi_signo != SIGCHLD) dying = true;
+        if (fds[1].revents) dying = true, fds[1].fd = -1;
+    }
+}
+
+int main(int argc, char **argv) {
+    if (argc < 4) return dprintf(2, "shim: see the head of shim.c\n"), 2;
+    const char *state = argv[1];
+    pid_t background = fork();  // the creator reaps this process at once
+    if (background != 0) _exit(background < 0);
+    setsid();
+    char lock_path[4096];
+    snprintf(lock_path, sizeof lock_path, "%s/lock", state);
+    int lock = open(lock_path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    if (lock < 0 || flock(lock, LOCK_EX | LOCK_NB) < 0) fail("lock", lock_path);
+    dprintf(lock, "%d\n", getpid());
+    bool life = false;
+    int command = prepare(argc, argv, &life);
+    if (life) fcntl(LIFE_FD, F_SETFD, FD_CLOEXEC);
+    sigset_t watched;
+    sigemptyset(&watched);
+    sigaddset(&watched, SIGCHLD), sigaddset(&watched, SIGTERM), sigaddset(&watched, SIGINT);
+    sigaddset(&watched, SIGHUP);
+    sigprocmask(SIG_BLOCK, &watched, NULL);
+    int signal_fd = signalfd(-1, &watched, SFD_NONBLOCK | SFD_CLOEXEC);
+    prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
+    int guard[2];
+    if (pipe2(guard, O_CLOEXEC) < 0) fail("pipe", "guard");
+    pid_t runtime = fork();
+    if (runtime == 0) {
+        sigprocmask(SIG_UNBLOCK, &watched, NULL);
+        for (int i = 0; i < num_cgroups; i++) write_in(cgroups[i], "cgroup.procs", "0", true);
+        dup2(guard[0], 1);
+        execvp(argv[command], argv + command);
+        fail("run", argv[command]);
+    }
+    if (runtime < 0) dprintf(2, "shim: fork: %s\n", strerror(errno));
+    close(0);  // from here the socket lives as long as the agent does
+    close(guard[0]);
+    wait_for_end(life, signal_fd);
+    clean_up(state);
+    return 0;
+}
