@@ -1,4 +1,4 @@
-# One virtual environment, rebuilt only when pyproject.toml changes.
+# One virtual environment, installed again when pyproject.toml or the C++ sources change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,8 +6,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= nano-flash
+MINUTES ?= 30
 
-.PHONY: help install serve chat test check format bench clean
+NATIVE := $(wildcard src/rorqual/kernels/cpu/*.cpp src/rorqual/kernels/cpu/*.h) \
+	src/rorqual/kernels/cpu/CMakeLists.txt
+
+.PHONY: help install serve chat test check format bench soak clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -16,11 +20,11 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Rorqual needs Python 3.11+")'
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(PIP) install --progress-bar on --editable .
 	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(BIN)/python
+$(VENV)/.installed-test: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(PIP) install --progress-bar on --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
@@ -47,5 +51,8 @@ format: $(VENV)/.installed-test ## rewrite the sources in the project's style
 bench: $(VENV)/.installed-test ## speed and cache bytes beside transformers
 	$(BIN)/python -m rorqual.bench.engine
 
-clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+soak: $(VENV)/.installed-test ## MINUTES (30) of mixed load, hang-ups and malformed bodies
+	$(BIN)/python -m rorqual.qualify.soak --minutes $(MINUTES)
+
+clean: ## remove the virtual environment, builds and caches
+	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

@@ -22,6 +22,7 @@ BLOCK_TOKENS = 128
 """Tokens per block: lcm(4, 128), so that every group of either ratio ends with a block."""
 MAX_REWIND = 8
 """Most tokens that can be taken back from a state."""
+_PENDING_SLOTS = MAX_REWIND + 1
 _ALIGNMENT = 64
 
 EntryFormat = Literal["fp32", "bf16", "record"]
@@ -91,7 +92,9 @@ class CacheLayout:
     slab_nbytes: int
     state_nbytes: int
     pending_streams: int
-    """Offset in a state: [streams, hidden] float32 of the last token fed, for the MTP block."""
+    """Offset in a state: ring of ``pending_slots`` rows [streams, hidden] float32, slot =
+    position % pending_slots, of the last tokens fed, for the MTP block; to the state's end."""
+    pending_slots: int
     layers: tuple[LayerLayout, ...]
 
     @property
@@ -156,7 +159,7 @@ def cache_layout(
                 raw_index_columns=index_columns,
             )
         )
-    at_pending, state = state, _round_up(state + 4 * streams * hidden, _ALIGNMENT)
+    at_pending, state = state, _round_up(state + 4 * streams * hidden * _PENDING_SLOTS, _ALIGNMENT)
     return CacheLayout(
         entry_format=entry_format,
         key_format=key_format,
@@ -168,6 +171,7 @@ def cache_layout(
         slab_nbytes=slab,
         state_nbytes=state,
         pending_streams=at_pending,
+        pending_slots=_PENDING_SLOTS,
         layers=tuple(layers),
     )
 
