@@ -45,7 +45,8 @@ def text_of(path: Path) -> str:
 
 def blocks(path: Path, language: str) -> list[str]:
     """Fenced blocks of ``language``."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", text_of(path), re.DOTALL | re.MULTILINE)
+    fenced = re.findall(r"^```(\S*)\n(.*?)^```$", text_of(path), re.DOTALL | re.MULTILINE)
+    return [content for kind, content in fenced if kind == language]
 
 
 def prose(path: Path) -> str:
