@@ -11,10 +11,10 @@ MINUTES ?= 30
 NATIVE := $(wildcard src/rorqual/kernels/cpu/*.cpp src/rorqual/kernels/cpu/*.h) \
 	src/rorqual/kernels/cpu/CMakeLists.txt
 
-.PHONY: help install serve chat test check format bench soak clean
+.PHONY: help install serve chat test test-sandbox sandbox-tools check format bench soak clients clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Rorqual needs Python 3.11+")'
@@ -36,8 +36,16 @@ serve: install ## serve MODEL (nano-flash) on HOST:PORT
 chat: install ## talk to MODEL in the terminal
 	$(BIN)/rorqual chat $(MODEL)
 
-test: $(VENV)/.installed-test ## run every test
-	$(BIN)/python -m pytest
+test: $(VENV)/.installed-test ## run every test but the heavy sandbox ones
+	@$(BIN)/rorqual sandbox install || echo 'Going on: tests of what is missing are skipped by name.'
+	$(BIN)/python -m pytest -rs
+
+test-sandbox: $(VENV)/.installed-test ## run the heavy sandbox tests: crash, leak, escape, gVisor
+	@$(BIN)/rorqual sandbox install || echo 'Going on: tests of what is missing are skipped by name.'
+	$(BIN)/python -m pytest tests/sandbox -rs -m 'sandbox or not sandbox'
+
+sandbox-tools: $(VENV)/.installed-test ## install the Debian packages sandboxes use (as root)
+	$(BIN)/rorqual sandbox install
 
 check: $(VENV)/.installed-test ## format, lint and types
 	$(BIN)/ruff format --check .
@@ -54,5 +62,12 @@ bench: $(VENV)/.installed-test ## speed and cache bytes beside transformers
 soak: $(VENV)/.installed-test ## MINUTES (30) of mixed load, hang-ups and malformed bodies
 	$(BIN)/python -m rorqual.qualify.soak --minutes $(MINUTES)
 
+CLIENTS := @anthropic-ai/claude-code@2.1.330 @openai/codex@0.169.0 opencode-ai@1.18.33
+
+clients: ## install Claude Code, Codex and OpenCode from npm into .clients, for tests/clients
+	mkdir -p .clients
+	test -f .clients/package.json || echo '{"private": true}' > .clients/package.json
+	npm install --prefix .clients --no-audit --no-fund $(CLIENTS)
+
 clean: ## remove the virtual environment, builds and caches
-	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .clients build .mypy_cache .ruff_cache .pytest_cache

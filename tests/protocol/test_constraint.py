@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from typing import Any
 
 import pytest
@@ -254,35 +253,6 @@ def test_a_prefix_counts_as_part_of_the_format(tokenizer: Tokenizer) -> None:
     assert refused_at(tokenizer, spec, tokenizer.encode_plain('{"b": 1}}')) is None
     with pytest.raises(RequestError, match="prefix"):
         build_constraint(tokenizer, thinking=False, response_format=wanted, content_prefix="Sure")
-
-
-# ---- rollback ---------------------------------------------------------------------------------
-def test_rollback_undoes_any_number_of_tokens_in_every_phase(tokenizer: Tokenizer) -> None:
-    spec = build_constraint(tokenizer, tools=[WEATHER], thinking=True, max_thinking_tokens=9)
-    assert spec is not None
-    tokens = encoded(tokenizer, f"a < b{THINK_END}So <" + ACCEPTED[2].removeprefix("\n\n<"))
-    rng = random.Random(5)
-
-    def seen(constraint: AnswerConstraint) -> tuple[bytes | None, tuple[int, ...], str | None]:
-        return constraint.mask(), tuple(constraint.forbidden()), constraint.finish_reason
-
-    constraint = spec.start()
-    trace = [seen(constraint)]
-    for token in tokens:
-        constraint.accept(token)
-        trace.append(seen(constraint))
-    constraint = spec.start()
-    at = 0
-    for _ in range(120):
-        forward = min(rng.randint(0, 9), len(tokens) - at)
-        for token in tokens[at : at + forward]:
-            constraint.accept(token)
-        at += forward
-        assert seen(constraint) == trace[at]
-        back = rng.randint(0, min(at, 8))
-        constraint.rollback(back)
-        at -= back
-        assert seen(constraint) == trace[at]
 
 
 def test_a_token_outside_the_grammar_is_an_error_not_a_crash(tokenizer: Tokenizer) -> None:

@@ -326,3 +326,68 @@ def test_a_wrong_answer_length_is_blamed_on_the_name_the_client_used(name: str, 
     with pytest.raises(RequestError) as caught:
         renderer_with(context_length=1000).render({**BODY, name: value})
     assert caught.value.param == name
+
+
+@pytest.mark.parametrize("strict", [True, False, None])
+@pytest.mark.parametrize("protocol", ["chat", "responses", "messages"])
+def test_a_schemas_strictness_reaches_the_constraint(protocol: Any, strict: bool | None) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    named = {"name": "n", "schema": schema, **({} if strict is None else {"strict": strict})}
+    fields: dict[str, Any] = {
+        "chat": {**BODY, "response_format": {"type": "json_schema", "json_schema": named}},
+        "responses": {
+            "model": "m",
+            "input": HI,
+            "text": {"format": {"type": "json_schema", **named}},
+        },
+        "messages": {
+            **BODY,
+            "max_tokens": 9,
+            "output_config": {"format": {"type": "json_schema", "schema": schema}},
+        },
+    }
+    wanted = renderer_with().render(fields[protocol], protocol).response_format
+    is_strict = protocol == "messages" or strict is True
+    assert wanted == {"type": "json_schema", "schema": schema, "strict": is_strict}
+
+
+# ---- tools that change on the way (Messages) --------------------------------------------------
+def test_tools_defined_on_the_way_are_declared_and_removals_are_told() -> None:
+    early = {"name": "early", "input_schema": {"type": "object"}}
+    late = {"name": "late", "input_schema": {"type": "object", "properties": {"a": {}}}}
+    changes: list[dict[str, Any]] = [
+        {"type": "tool_removal", "tool": {"type": "tool_reference", "name": "early"}},
+        {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": late}},
+        {"type": "tool_addition", "tool": {"type": "tool_reference", "name": "early"}},
+        {"type": "text", "text": "Carry on."},
+    ]
+    body = {
+        **BODY,
+        "max_tokens": 9,
+        "tools": [early],
+        "messages": [*HI, {"role": "system", "content": changes}],
+    }
+    before = copy.deepcopy(body)
+    request = renderer_with().render(body, "messages")
+    assert body == before
+    assert [tool["name"] for tool in request.tools] == ["early", "late"]
+    assert request.tools[1]["parameters"] == late["input_schema"]
+    reminder = request.prompt[request.prompt.index("<system-reminder>") :]
+    told = ["The tool early is no longer available.", "The tool late is available now."]
+    assert [line for line in reminder.splitlines() if "tool" in line] == told
+    assert "Carry on." in reminder
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "tool_addition"},
+        {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": 3}},
+        {"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {"name": []}}},
+        {"type": "tool_removal", "tool": "early"},
+    ],
+)
+def test_a_malformed_tool_change_is_refused(block: Any) -> None:
+    messages = [*HI, {"role": "system", "content": [block]}]
+    with pytest.raises(RequestError):
+        renderer_with().render({**BODY, "max_tokens": 9, "messages": messages}, "messages")

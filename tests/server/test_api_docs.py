@@ -63,7 +63,7 @@ def test_the_examples_run(
 def test_every_endpoint_named_exists() -> None:
     tokenizer = Tokenizer.from_dir(NANO)
     app = create_app(ScriptedEngine(tokenizer, "ok"), tokenizer, ModelCard.from_dir(NANO))
-    named = re.findall(r"`(GET|POST) (/[\w/]*)", TEXT)
+    named = re.findall(r"`(GET|POST) (/[\w/.]*)", TEXT)
     assert len(named) >= 8
     for method, path in named:
         status = call(app, method, path.replace("NAME", "nano-flash")).status_code

@@ -77,7 +77,8 @@ def test_a_reader_that_stops_reading_is_dropped_and_its_generation_cancelled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Connection, "write_timeout_s", 0.3)
-    script = Script(text="a " * 7000, hold_after=6000)  # some 1.5 MB of events, and more to come
+    # Some 1.5 MB of events, and more to come, in fewer outputs than may wait for a reader.
+    script = Script(text="a " * 7000, hold_after=6000, tokens_per_output=8)
     engine = ScriptedEngine(tokenizer, script)
     url = on_socket(create_app(engine, tokenizer, nano_card))
     with connect(url, receive_buffer=4096) as connection:
@@ -91,6 +92,23 @@ def test_a_reader_that_stops_reading_is_dropped_and_its_generation_cancelled(
     assert urllib.request.urlopen(f"{url}/health", timeout=20).status == 200
 
 
+def test_a_reader_too_far_behind_is_told_that_its_answer_was_given_up(
+    tokenizer: Tokenizer, nano_card: ModelCard, on_socket: Callable[[Application], str]
+) -> None:
+    engine = ScriptedEngine(tokenizer, Script(text="a " * 7000, hold_after=6900))
+    url = on_socket(create_app(engine, tokenizer, nano_card))
+    received = b""
+    with connect(url, receive_buffer=4096) as connection:
+        connection.sendall(request_of({**BODY, "stream": True, "max_tokens": 7500}))
+        while not engine.handles:
+            time.sleep(0.001)
+        assert engine.handles[0].cancelled.wait(20)
+        while not received.endswith(b"0\r\n\r\n"):
+            received += connection.recv(65_536)
+    assert b"reads too slowly" in received
+    assert b"[DONE]" not in received
+
+
 def test_a_reader_that_is_slow_but_reads_gets_everything(
     tokenizer: Tokenizer,
     nano_card: ModelCard,
@@ -98,7 +116,7 @@ def test_a_reader_that_is_slow_but_reads_gets_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Connection, "write_timeout_s", 5.0)
-    engine = ScriptedEngine(tokenizer, "a " * 3000)
+    engine = ScriptedEngine(tokenizer, Script(text="a " * 3000, tokens_per_output=2))
     url = on_socket(create_app(engine, tokenizer, nano_card))
     received = b""
     with connect(url, receive_buffer=4096) as connection:

@@ -303,6 +303,34 @@ def test_traces_are_continued_with_a_span_of_our_own(
         assert got is None
 
 
+# ---- what is no request ------------------------------------------------------------------------
+def test_start_up_messages_pass_and_websockets_are_closed(
+    engine: ScriptedEngine, tokenizer: Tokenizer, nano_card: ModelCard, store: KeyStore
+) -> None:
+    log = AccessLog(file := io.BytesIO())
+    app = guarded(engine, tokenizer, nano_card, store, access_log=log, cors_origins=["*"])
+    sent: list[Any] = []
+
+    async def exchange(scope: dict[str, Any], *messages: str) -> None:
+        kinds = iter(messages)
+
+        async def receive() -> Any:
+            return {"type": next(kinds)}
+
+        async def send(message: Any) -> None:
+            sent.append(message["type"])
+
+        await app(scope, receive, send)
+
+    asyncio.run(exchange({"type": "lifespan"}, "lifespan.startup", "lifespan.shutdown"))
+    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    websocket = {"type": "websocket", "path": CHAT, "headers": [], "query_string": b""}
+    asyncio.run(exchange(websocket, "websocket.connect"))
+    assert sent[2:] == ["websocket.close"]
+    log.flush()
+    assert file.getvalue() == b""
+
+
 # ---- cross-origin -----------------------------------------------------------------------------
 def test_other_origins_are_kept_out_unless_listed(
     engine: ScriptedEngine, tokenizer: Tokenizer, nano_card: ModelCard, store: KeyStore
@@ -320,6 +348,9 @@ def test_other_origins_are_kept_out_unless_listed(
     allowed = call(opened, "OPTIONS", CHAT, headers=preflight)
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == "https://app.example"
+    answered = call(opened, "GET", "/health", headers={"Origin": "https://app.example"})
+    readable = answered.headers["access-control-expose-headers"].split(", ")
+    assert {"x-request-id", "x-rorqual-warning", "retry-after"} <= {*readable}
     stranger = call(
         opened, "OPTIONS", CHAT, headers={**preflight, "Origin": "https://evil.example"}
     )

@@ -9,7 +9,7 @@ import threading
 from typing import Any
 
 import pytest
-from asgi_call import BODY, CHAT, call, post, sse_data, visit
+from asgi_call import BODY, CHAT, NANO, call, post, sse_data, visit
 
 from rorqual.engine.request import Request
 from rorqual.protocol.modes import ModelCard
@@ -326,3 +326,12 @@ def test_deepseeks_own_base_url_works_too(tokenizer: Tokenizer, nano_card: Model
     app = create_app(ScriptedEngine(tokenizer, "ok"), tokenizer, nano_card)
     response = call(app, "POST", CHAT.removeprefix("/v1"), json=BODY)
     assert response.json()["choices"][0]["message"]["content"] == "ok"
+
+
+def test_the_first_constrained_request_finds_the_vocabularys_tables_made(
+    nano_card: ModelCard,
+) -> None:
+    tokenizer = Tokenizer.from_dir(NANO)
+    assert "grammars" not in vars(tokenizer)
+    create_app(ScriptedEngine(tokenizer, "ok"), tokenizer, nano_card)
+    assert "grammars" in vars(tokenizer)

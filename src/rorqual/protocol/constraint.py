@@ -13,7 +13,6 @@ text, but whoever reads the text afterwards could not tell it from markup.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -30,8 +29,6 @@ from rorqual.protocol.tool_grammar import MAX_CALLS, BlockGrammar, Tool
 if TYPE_CHECKING:
     from rorqual.protocol.render import RenderedRequest
 
-MAX_ROLLBACK = 64
-"""Tokens a running constraint can take back."""
 DEFAULT_MAX_BLOCK_TOKENS = 65_536
 """Longest tool block unless the caller says otherwise: a large file written in one call."""
 
@@ -89,7 +86,6 @@ class AnswerConstraint:
         self._matcher: llguidance.LLMatcher | None = None
         self._dsml = grammars.spelling(DSML)
         self._think = grammars.spelling(THINK_END)
-        self._past: deque[_State] = deque(maxlen=MAX_ROLLBACK)
         self._state = _State("reasoning")
         if not spec.starts_reasoning:
             self._state = self._begun(self._state)
@@ -127,7 +123,6 @@ class AnswerConstraint:
             EngineError: the grammar does not allow it.
         """
         spec, state = self._spec, self._state
-        self._past.append(state)
         if token_id in spec.grammars.added:
             state = state._replace(dsml_spelled=0, think_spelled=0, after_bracket=False)
         else:
@@ -148,17 +143,6 @@ class AnswerConstraint:
             if token_id == spec.think_end_id:
                 state = self._begun(state)
         self._state = state
-
-    def rollback(self, num_tokens: int) -> None:
-        """Undo the last ``num_tokens`` tokens; at most ``MAX_ROLLBACK`` in a row."""
-        assert num_tokens <= len(self._past), "rolled back too far"
-        for _ in range(num_tokens):
-            undone, self._state = self._state, self._past.pop()
-            if self._state.phase == "grammar":
-                assert self._matcher is not None
-                self._check(self._matcher.rollback(1))
-            elif undone.phase == "grammar":
-                self._matcher = None
 
     @property
     def finish_reason(self) -> Literal["stop", "length"] | None:

@@ -76,6 +76,7 @@ def adapted(protocol: Protocol, fields: Mapping[str, Any], level: Level | None) 
     if limit != name:
         body[name] = fields[limit]
     if protocol == "messages":
+        _resolve_tool_changes(body)
         for field, simplified in (("messages", _known_blocks), ("tools", _untyped)):
             if field in body:
                 body[field] = simplified(body[field])
@@ -98,6 +99,43 @@ def _asking_for(level: Level, protocol: Protocol, body: dict[str, Any]) -> dict[
     else:
         body["reasoning_effort"] = level.prompt_effort
     return body
+
+
+def _resolve_tool_changes(body: dict[str, Any]) -> None:
+    """Declare the tools that messages define on the way, and put removals in words.
+
+    A removed tool stays declared, so that the prompt up to its removal remains the one already
+    read. deepseek-recipe knows additions by name only.
+    """
+    messages, tools = body.get("messages"), body.get("tools") or []
+    if not isinstance(messages, list) or not isinstance(tools, list):
+        return
+    added: dict[object, Any] = {}
+
+    def resolved(block: Any) -> Any:
+        tool = block.get("tool") if isinstance(block, dict) else None
+        if not isinstance(tool, dict):
+            return block
+        if block.get("type") == "tool_removal":
+            return {"type": "text", "text": f"The tool {tool.get('name')} is no longer available."}
+        definition = tool.get("definition")
+        if block.get("type") != "tool_addition" or not isinstance(definition, dict):
+            return block
+        added[str(definition.get("name"))] = definition
+        text = f"The tool {definition.get('name')} is available now."
+        return {"type": "text", "text": text}
+
+    body["messages"] = [
+        {**message, "content": [resolved(block) for block in message["content"]]}
+        if isinstance(message, dict)
+        and message.get("role") == "system"
+        and isinstance(message.get("content"), list)
+        else message
+        for message in messages
+    ]
+    if added:
+        others = [t for t in tools if not (isinstance(t, dict) and t.get("name") in added)]
+        body["tools"] = [*others, *added.values()]
 
 
 def _known_blocks(messages: Any) -> Any:

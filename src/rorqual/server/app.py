@@ -26,12 +26,14 @@ from rorqual.server.authentication import Authentication
 from rorqual.server.body import BodyBounds
 from rorqual.server.bridge import ServingEngine
 from rorqual.server.console import PUBLIC_PATHS, console_routes
+from rorqual.server.endpoint import WARNING_HEADER
 from rorqual.server.failures import failure_of, wire_of
 from rorqual.server.history import History
 from rorqual.server.keys import KeyRing
 from rorqual.server.limits import Limits
 from rorqual.server.metrics import Metrics
 from rorqual.server.observing import Observing
+from rorqual.server.openapi import openapi_route
 from rorqual.server.routes import protocol_routes
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -54,6 +56,7 @@ _CLIENT_CLOSED_REQUEST = 499  # nginx's status for it; nobody is left to read it
 _EXPOSED_HEADERS = (
     "x-request-id",
     "retry-after",
+    WARNING_HEADER.decode(),
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",
@@ -63,13 +66,16 @@ _EXPOSED_HEADERS = (
 class Application:
     """An ASGI application that can be told to let nobody in any more."""
 
-    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+    def __init__(self, app: ASGIApp, router: ASGIApp, admission: Admission) -> None:
         self._app = app
+        self._router = router
         self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        await self._app(scope, receive, send)
+        """Serve one request, or answer the server's start-up and shutdown messages."""
+        # The doors know HTTP only; the router has nothing else to serve and says so.
+        app = self._app if scope["type"] == "http" else self._router
+        await app(scope, receive, send)
 
     def drain(self) -> None:
         """Refuse new requests, and say so at ``/ready``; those under way go on."""
@@ -94,7 +100,8 @@ def create_app(
     """The application serving ``card``'s model from ``engine``.
 
     Routes: those of ``server/routes.py`` and ``server/console.py``; ``GET /health`` (it lives),
-    ``/ready`` (it takes requests), ``/metrics``. Closing engine, keys and log is the caller's
+    ``/ready`` (it takes requests), ``/metrics``,
+    ``/openapi.json``. Closing engine, keys and log is the caller's
     business.
 
     Args:
@@ -129,6 +136,7 @@ def create_app(
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", metrics.endpoint),
+        openapi_route(card),
         *console_routes(engine, example=card.example),
         *protocol_routes(
             engine,
@@ -139,7 +147,7 @@ def create_app(
             send_timeout_s=send_timeout_s,
         ),
     ]
-    app: ASGIApp = Starlette(
+    router = Starlette(
         routes=routes,
         exception_handlers={
             RorqualError: _refuse,
@@ -148,7 +156,7 @@ def create_app(
             Exception: _refuse,
         },
     )
-    app = BodyBounds(app, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
+    app: ASGIApp = BodyBounds(router, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
     if keys is not None:
         app = Limits(app)
         app = Authentication(app, keys=keys, open_paths=_STATUS_PATHS | PUBLIC_PATHS)
@@ -167,7 +175,7 @@ def create_app(
         times=metrics,
         reports=[metrics.report, *([access_log.report] if access_log else [])],
     )
-    return Application(app, admission)
+    return Application(app, router, admission)
 
 
 async def _refuse(request: Request, error: Exception) -> Response:

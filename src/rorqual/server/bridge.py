@@ -16,7 +16,7 @@ from typing import Protocol
 from rorqual.engine.request import Request, TokenOutput
 from rorqual.errors import EngineError
 
-MAX_BUFFERED_OUTPUTS = 16_384
+MAX_BUFFERED_OUTPUTS = 2_048
 """Outputs a reader may be behind; one is a few hundred bytes."""
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from starlette.requests import Request
 from starlette.routing import Route
 
+from rorqual.protocol.constraint import build_constraint
 from rorqual.protocol.modes import ModelCard
 from rorqual.protocol.render import Renderer
 from rorqual.protocol.tokenizer import Tokenizer
@@ -53,6 +54,9 @@ def protocol_routes(
         is_constrained=True,
         is_strict=is_strict,
     )
+    # The vocabulary's tables for grammars, about a second for a large one: made before the first
+    # request rather than during it.
+    build_constraint(tokenizer, thinking=True, max_thinking_tokens=0, generation=card.generation)
     service = Service(
         engine=engine,
         renderer=renderer,
