@@ -1,4 +1,8 @@
-"""Runs a trajectory of side effects and kills itself at a chosen point."""
+"""Runs trajectories of side effects in processes that kill themselves at a chosen point.
+
+Reads jobs as JSON lines and answers each with one. Every job runs in a forked process of its own,
+which spares each death the start of an interpreter; the death itself is a real SIGKILL.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
+from rorqual.errors import SandboxError
 from rorqual.sandbox.sandbox import SandboxOptions
 from rorqual.sandbox.trajectory.log import TrajectoryLog
 from rorqual.sandbox.trajectory.session import open_trajectory
@@ -35,10 +41,11 @@ class DyingLog(TrajectoryLog):
         return sequence
 
 
-async def main(root: Path, file: Path, name: str, commands: list[str], cut: int) -> None:
-    log = DyingLog(file)
+async def work(root: str, file: str, name: str, commands: list[str], cut: int) -> dict[str, Any]:
+    log = DyingLog(Path(file))
     log.remaining = cut
-    trajectory = await open_trajectory(log, name, SandboxOptions(root=root), linger_s=60.0)
+    options = SandboxOptions(root=Path(root))
+    trajectory = await open_trajectory(log, name, options, linger_s=60.0)
     results = []
     for number, command in enumerate(commands):
         if command == "SNAPSHOT":
@@ -49,17 +56,40 @@ async def main(root: Path, file: Path, name: str, commands: list[str], cut: int)
     log.remaining = -1
     effects = await trajectory.exec("cat /workspace/effects")
     await trajectory.close()
-    print(json.dumps({"results": results, "effects": effects.text.split()}))
+    return {"results": results, "effects": effects.text.split()}
+
+
+def run_forked(job: dict[str, Any]) -> dict[str, Any]:
+    """The job's answer, `error` with the name of a typed error, or `signal` if it was killed."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            try:
+                answer = asyncio.run(work(**job))
+            except SandboxError as error:
+                answer = {"error": type(error).__name__, "message": str(error)}
+            os.write(writing, json.dumps(answer).encode())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(writing)
+    with open(reading, "rb") as pipe:
+        text = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code < 0:
+        return {"signal": -code}
+    found: dict[str, Any] = json.loads(text) if code == 0 else {"failed": code}
+    return found
+
+
+def main() -> None:
+    for line in sys.stdin:
+        print(json.dumps(run_forked(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    asyncio.run(
-        main(
-            Path(arguments[0]),
-            Path(arguments[1]),
-            arguments[2],
-            json.loads(arguments[3]),
-            int(arguments[4]),
-        )
-    )
+    main()

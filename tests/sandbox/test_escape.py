@@ -1,4 +1,9 @@
-"""Attempts to get out of a container. Each prints ESCAPED if it got what it tried for."""
+"""Attempts to get out of a container. Each prints ESCAPED if it got what it tried for.
+
+An attempt that worked must not hurt the machine the tests run on: each aims at what changes nothing
+(a setting is set to the value it has, a call gets arguments that can do nothing), and `host.py`
+puts back what was changed all the same, and fails the test.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,8 @@ from rorqual.sandbox.contract import MIB, Limits
 from rorqual.sandbox.sandbox import Sandbox
 
 from .conftest import Make, maker, run
+from .host import unchanged_host
+from .test_function import ESCAPES_JS, ESCAPES_PYTHON
 
 # Root inside gVisor may see and end its own first process, which ends the sandbox and reaches
 # nothing, since the host trusts no agent; and make devices of a kernel that has none.
@@ -21,10 +28,15 @@ GVISOR_GRANTS = (
     "agent by signal",
     "device node",
     "set-uid program",
+    "become another user",
 )
 
 _C = "import ctypes, os, sys; c = ctypes.CDLL(None, use_errno=True)\n"
 _WIN = "print('ESCAPED') if {} else print('refused')\n"
+# For calls that would be harmful with good arguments: bad ones tell a refusal (no such permission,
+# no such call) from a kernel that looked at them.
+_REFUSED = _C + "{0}\nprint('refused' if ctypes.get_errno() in (1, 13, 38) else 'ESCAPED')\n"
+_SET_AGAIN = 'v=$(cat {0}) && test -n "$v" && echo "$v" > {0} && echo ESCAPED'
 
 SHELL = {
     "host secret by absolute path": "cat {secret} && echo ESCAPED",
@@ -49,15 +61,15 @@ SHELL = {
     "host disk": "for d in vda sda nvme0n1 mem kmem; do head -c1 /dev/$d && echo ESCAPED; done",
     "kernel memory": "head -c1 /proc/kcore | grep -q . && echo ESCAPED",
     "kernel log": "dmesg && echo ESCAPED",
-    "kernel switch": "echo 1 > /proc/sys/kernel/sysrq && echo ESCAPED",
-    "core pattern": "echo '|/tmp/x' > /proc/sys/kernel/core_pattern && echo ESCAPED",
-    "sysrq trigger": "echo h > /proc/sysrq-trigger && echo ESCAPED",
+    "kernel switch": _SET_AGAIN.format("/proc/sys/kernel/sysrq"),
+    "core pattern": _SET_AGAIN.format("/proc/sys/kernel/core_pattern"),
+    "sysrq trigger": "(: > /proc/sysrq-trigger) && echo ESCAPED",
     "cgroup files": "ls /sys/fs/cgroup/memory && echo ESCAPED",
     "raise own limits": "ulimit -Hn 9999999 && echo ESCAPED",
     "set-uid program": "cp /bin/sh /tmp/s; chmod 4755 /tmp/s; cat /proc/self/status | "
     "grep -q 'NoNewPrivs:.0' && echo ESCAPED",
-    "host name": "hostname escaped && echo ESCAPED",
-    "clock": "date -s 2001-01-01 && echo ESCAPED",
+    "host name": 'hostname "$(hostname)" && echo ESCAPED',
+    "clock": 'date -s "@$(date +%s)" && echo ESCAPED',
     "own capabilities": "grep -E 'Cap(Eff|Prm|Bnd):' /proc/self/status | grep -qv 0000000000000000 "
     "&& echo ESCAPED",
     "control socket": "ls /run/*.sock /*.sock {root} && echo ESCAPED",
@@ -72,22 +84,20 @@ CALLS = {
     "ptrace the agent": _C + _WIN.format("c.ptrace(16, 1, 0, 0) == 0"),
     "be traced": _C + _WIN.format("c.ptrace(0, 0, 0, 0) == 0"),
     "read another process": _C + _WIN.format("c.process_vm_readv(1, 0, 0, 0, 0, 0) >= 0"),
-    "bpf": _C + _WIN.format("c.syscall(321, 0, 0, 0) >= 0"),
+    "bpf": _REFUSED.format("c.syscall(321, 999, 0, 0)"),
     "io_uring": _C + _WIN.format("c.syscall(425, 8, ctypes.create_string_buffer(256)) >= 0"),
     "keyring": _C + _WIN.format("c.syscall(250, 0, -3, 1) >= 0"),
     "userfaultfd": _C + _WIN.format("c.syscall(323, 1) >= 0"),
     "perf": _C + _WIN.format("c.syscall(298, ctypes.create_string_buffer(128), 0, -1, -1, 0) >= 0"),
-    "open by handle": _C
-    + _WIN.format("c.syscall(304, -100, ctypes.create_string_buffer(64), 0) >= 0"),
+    "open by handle": _REFUSED.format("c.syscall(304, -100, ctypes.create_string_buffer(64), 0)"),
     "mount api": _C + _WIN.format("c.syscall(430, b'tmpfs', 0) >= 0"),
     "clone with namespaces": _C + _WIN.format("c.syscall(56, 0x10000000 | 17, 0, 0, 0, 0) > 0"),
     "clone3": _C + _WIN.format("c.syscall(435, ctypes.create_string_buffer(88), 88) > 0"),
     "packet socket": _C + _WIN.format("c.socket(17, 3, 0) >= 0"),
     "vsock": _C + _WIN.format("c.socket(40, 1, 0) >= 0"),
     "alg socket": _C + _WIN.format("c.socket(38, 5, 0) >= 0"),
-    "reboot": _C
-    + _WIN.format("c.reboot(0x1234567) == 0 and False or c.syscall(169, 1, 2, 3, 0) == 0"),
-    "load a module": _C + _WIN.format("c.syscall(175, b'', 0, b'') == 0"),
+    "reboot": _REFUSED.format("c.syscall(169, 1, 2, 3, 0)"),
+    "load a module": _REFUSED.format("c.syscall(175, b'', 0, b'')"),
     "become another user": _C + _WIN.format("c.setuid(1000) == 0"),
     "keep descriptors": "import os\nfds = [f for f in os.listdir('/proc/self/fd') if int(f) > 2]\n"
     "fds = [f for f in fds if os.path.exists('/proc/self/fd/' + f) and 'fd' not in "
@@ -123,7 +133,7 @@ def test_no_attempt_gets_out(root: Path, tmp_path: Path, isolation: str) -> None
                 result = await sandbox.exec(filled.replace("{port}", str(port)), timeout_s=20.0)
                 assert b"ESCAPED" not in result.stdout, name
             for name, script in CALLS.items():
-                if own and name == "become another user":
+                if own and name in GVISOR_GRANTS:
                     continue
                 result = await sandbox.exec(["python3", "-c", script], timeout_s=20.0)
                 assert b"ESCAPED" not in result.stdout, name
@@ -131,8 +141,19 @@ def test_no_attempt_gets_out(root: Path, tmp_path: Path, isolation: str) -> None
             assert (await sandbox.exec("echo alive")).text == "alive\n"
         server.close()
 
-    assert len(SHELL) + len(CALLS) >= 40
-    run(work(), timeout_s=300)
+    with unchanged_host():
+        run(work(), timeout_s=300)
+
+
+def test_the_documentation_counts_what_is_tried() -> None:
+    text = " ".join(Path("docs/sandbox.md").read_text().split())
+    tried = len(SHELL) + len(CALLS)
+    assert tried >= 40
+    assert f"{tried} escape attempts against containers" in text
+    assert f"{len(GVISOR_GRANTS)} of them are left out on gVisor" in text
+    assert f"{len(ESCAPES_JS) + len(ESCAPES_PYTHON)} against functions" in text
+    for name in GVISOR_GRANTS:
+        assert name in text
 
 
 @pytest.fixture

@@ -182,6 +182,35 @@ for name, attempt in tries.items():
     assert done.stdout.count("refused") == 7 or "unknown machine" in done.stdout, done.stderr
 
 
+def test_full_python_runs_in_a_fresh_container_for_each_call(root: Path) -> None:
+    async def work() -> None:
+        limits = Limits(output_bytes=100, spill_bytes=100_000)
+        before = set((root / "sandboxes").iterdir()) if (root / "sandboxes").exists() else set()
+        async with await Sandbox.create(
+            "function", isolation="container", root=root, limits=limits, files={"/a.txt": b"given"}
+        ) as sandbox:
+            assert isinstance(sandbox, FunctionSandbox)
+            await sandbox.warm("python")
+            script = (
+                "import subprocess, sys\n"  # what WebAssembly has not
+                "print(sys.stdin.read(), sys.argv[1], open('/data/a.txt').read())\n"
+                "open('/tmp/left', 'x').close()\n"
+                "subprocess.run(['echo', 'child'], check=True)\n"
+            )
+            for _ in range(2):  # the second call finds nothing of the first
+                result = await sandbox.exec(["python", "-c", script, "arg"], stdin="typed")
+                assert sorted(result.text.splitlines()) == ["child", "typed arg given"]
+            long = await sandbox.exec(["python", "-c", "print('x' * 5000)"])
+            assert long.stdout_file is not None
+            assert long.stdout_file.stat().st_size == 5001
+            endless = await sandbox.exec(["python", "-c", "while True: pass"], timeout_s=0.3)
+            assert endless.status == "timed-out"
+            assert (await sandbox.exec(["js", "-e", "print(1)"])).text == "1\n"
+        assert set((root / "sandboxes").iterdir()) <= before
+
+    run(work())
+
+
 def test_callers_mistakes_are_named(root: Path) -> None:
     async def work() -> None:
         async with await Sandbox.create("function", root=root) as sandbox:

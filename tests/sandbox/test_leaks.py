@@ -66,7 +66,9 @@ def eventually(empty: Callable[[], object], seconds: float = 20.0) -> object:
     return left
 
 
-def kill_at_random(root: Path, rounds: int, seed: int) -> None:
+def kill_at_random(root: Path, creates: int, seed: int) -> None:
+    """Kill creators, shims, runtimes and agents at random until `creates` sandboxes were begun."""
+
     async def probe() -> None:
         async with await Sandbox.create("container", root=root):
             pass
@@ -78,7 +80,7 @@ def kill_at_random(root: Path, rounds: int, seed: int) -> None:
     ids: set[str] = set()
     mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())
     before = namespaces()
-    for _ in range(rounds):
+    while len(ids) < creates:
         child = subprocess.Popen(
             [sys.executable, str(CHILD), str(root)],
             stdout=subprocess.PIPE,
@@ -112,9 +114,9 @@ def kill_at_random(root: Path, rounds: int, seed: int) -> None:
 
 
 def test_random_kills_leave_nothing(tmp_path: Path) -> None:
-    kill_at_random(tmp_path, 2, seed=1)
+    kill_at_random(tmp_path, 12, seed=1)
 
 
 @pytest.mark.sandbox
 def test_a_thousand_creates_with_random_kills_leave_nothing(tmp_path: Path) -> None:
-    kill_at_random(tmp_path, 125, seed=2)
+    kill_at_random(tmp_path, 1000, seed=2)

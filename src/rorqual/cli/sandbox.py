@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rorqual.cli.progress import status
+from rorqual.cli.sandbox_kernel import add_parser as add_kernel_parser
+from rorqual.cli.sandbox_serve import add_parsers
 from rorqual.errors import SandboxRequestError
 
 if TYPE_CHECKING:  # imported where needed, so that the command line starts quickly
@@ -52,8 +54,19 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     doctor.set_defaults(run=_doctor)
 
+    install = commands.add_parser(
+        "install",
+        help="install the Debian packages that are missing",
+        description="Install the packages sandboxes use and this machine lacks. Debian, as root.",
+    )
+    install.add_argument("--dry-run", action="store_true", help="only say what is missing")
+    install.set_defaults(run=_install)
+
     sweep = commands.add_parser("sweep", help="remove what killed sandboxes left behind")
     sweep.set_defaults(run=_sweep)
+
+    add_parsers(commands)
+    add_kernel_parser(commands)
 
     image = commands.add_parser("image", help="build, list and remove images")
     images = image.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -170,6 +183,26 @@ def _doctor(args: argparse.Namespace) -> int:
         table.add_row(found.name, "yes" if found.works else "no", took, "\n".join(lines))
     Console().print(table)
     return 0 if any(found.works for found in findings) else 1
+
+
+def _install(args: argparse.Namespace) -> int:
+    from rorqual.sandbox.tools import install, install_command, missing_tools
+
+    missing = missing_tools()
+    if not missing:
+        print("every program that sandboxes use is here")
+        return 0
+    for tool in missing:
+        print(f"missing: {tool.programs[0]:20} for {tool.purpose}")
+    if args.dry_run:
+        print(" ".join(install_command(missing)))
+        return 1
+    with status("Installing " + " ".join(tool.packages[0] for tool in missing)):
+        refused = install(missing)
+    for tool in refused:
+        print(f"not available here: {' '.join(tool.packages)}, for {tool.purpose}")
+    print(f"installed {len(missing) - len(refused)} of {len(missing)}")
+    return 1 if refused else 0
 
 
 def _sweep(args: argparse.Namespace) -> int:

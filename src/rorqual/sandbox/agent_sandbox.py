@@ -31,6 +31,7 @@ from rorqual.sandbox.contract import (
     ExecResult,
     ExecStatus,
     Limits,
+    Network,
 )
 from rorqual.sandbox.output import OutputBuffer
 from rorqual.sandbox.proxy import PROXY_PORT, EgressProxy, serve_port
@@ -176,6 +177,7 @@ class AgentSandbox(Sandbox):
         self._numbers = itertools.count(1)
         self._servers: list[asyncio.Server] = []
         self.proxy: EgressProxy | None = None
+        self.relays: list[EgressProxy] = []
 
     @property
     def limits(self) -> Limits:
@@ -200,10 +202,20 @@ class AgentSandbox(Sandbox):
         return None
 
     async def open_network(self) -> None:
-        """Start the egress proxy if the options allow any destination."""
+        """Start the egress proxy if the options allow any destination.
+
+        Raises:
+            UnsupportedError: direct routes need a namespace of this kernel's.
+        """
+        if self.options.network is not None and self.options.network.direct:
+            await self.open_routes(self.options.network)
         if self.options.network is not None and self.options.network.allow:
             self.proxy = EgressProxy(self.client, self.options.network)
             await self.proxy.start()
+
+    async def open_routes(self, network: Network) -> None:
+        """Make `network.direct` reachable."""
+        raise UnsupportedError(f"{self.options.substrate}: there are no direct routes, only names")
 
     # -- commands
     def output_buffer(self, request: ExecRequest, channel: Channel) -> OutputBuffer:
@@ -303,6 +315,9 @@ class AgentSandbox(Sandbox):
         if self.proxy is not None:
             await self.proxy.stop()
             self.proxy = None
+        for relay in self.relays:
+            await relay.stop()
+        self.relays.clear()
         await self.destroy()
         self.client.close()
         with contextlib.suppress(SandboxLostError):

@@ -13,7 +13,7 @@ import itertools
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Literal, NamedTuple
 
 from rorqual.errors import (
@@ -193,7 +193,6 @@ class AgentClient(asyncio.Protocol):
         self.boot_id = ""
         self.ready: asyncio.Future[str] = self.loop.create_future()
         self.closed: asyncio.Future[None] = self.loop.create_future()
-        self._decoder = wire.Decoder()
         self._transport: asyncio.Transport | None = None
         self._streams: dict[int, Process] = {}
         self._answers: dict[int, asyncio.Future[bytes]] = {}
@@ -201,11 +200,14 @@ class AgentClient(asyncio.Protocol):
         self._writable = asyncio.Event()
         self._writable.set()
         self._error: Exception | None = None
+        self._held: list[bytes] | None = None
+        self._moving = False
 
     # -- asyncio.Protocol
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self._decoder = wire.Decoder()
         transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
 
     def data_received(self, data: bytes) -> None:
@@ -222,6 +224,8 @@ class AgentClient(asyncio.Protocol):
         self._writable.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._moving:
+            return
         error = self._error or SandboxLostError("the sandbox is gone")
         for process in list(self._streams.values()):
             process.fail(error)
@@ -256,8 +260,42 @@ class AgentClient(asyncio.Protocol):
     # -- sending
     def send(self, type: bytes, stream: int, payload: bytes = b"") -> None:
         """Queue one frame; does nothing on a connection that is gone."""
-        if self._transport is not None and not self._transport.is_closing():
+        if self._held is not None:
+            self._held.append(wire.encode(type, stream, payload))
+        elif self._transport is not None and not self._transport.is_closing():
             self._transport.write(wire.encode(type, stream, payload))
+
+    async def move(self, work: Callable[[], Awaitable[socket.socket]]) -> None:
+        """Go on over the socket that `work` returns, to the same agent, restored meanwhile.
+
+        No half of a message is under way while `work` runs, and what is sent waits. If it fails,
+        the connection is lost.
+        """
+        answer = asyncio.create_task(self.ask(b"z"))
+        await asyncio.sleep(0)  # the request itself is sent
+        held: list[bytes] = []
+        self._held = held
+        try:
+            await answer
+            self._moving = True
+            sock = await work()
+            if self._transport is not None:
+                self._transport.abort()
+            sock.setblocking(False)
+            await self.loop.create_connection(lambda: self, sock=sock)
+            self._held = None
+            self.send(b"y", 0)
+            if self._transport is not None:
+                self._transport.writelines(held)
+            self._moving = False
+            await self.ask(b"p")
+        except BaseException:
+            self._held, self._moving = None, False
+            if self._transport is not None:
+                self._transport.abort()
+            if not self.closed.done():
+                self.connection_lost(None)
+            raise
 
     async def drain(self) -> None:
         """Wait until the connection takes more."""
@@ -411,8 +449,12 @@ def stage_error(exit: wire.Exit, request: ExecRequest) -> Exception:
             return SandboxFailedError(f"the sandbox could not start a command: {why}")
 
 
-async def connect(sock: socket.socket, *, timeout_s: float) -> AgentClient:
+async def connect(sock: socket.socket, *, timeout_s: float, say_hello: bool = False) -> AgentClient:
     """Greet the agent behind a connected socket.
+
+    Args:
+        say_hello: the agent does not know that this connection is new: it was restored from a
+            checkpoint. Commands of the host before, but for named ones, end.
 
     Raises:
         SandboxLostError: it does not answer.
@@ -420,6 +462,8 @@ async def connect(sock: socket.socket, *, timeout_s: float) -> AgentClient:
     loop = asyncio.get_running_loop()
     sock.setblocking(False)
     _, client = await loop.create_connection(AgentClient, sock=sock)
+    if say_hello:
+        client.send(b"h", 0)
     try:
         await asyncio.wait_for(asyncio.shield(client.ready), timeout_s)
     except (TimeoutError, SandboxLostError):

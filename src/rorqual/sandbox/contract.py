@@ -74,10 +74,13 @@ class Network:
         allow: `name`, `*.name` (any subdomain) or an address, each with an optional `:port`
             (else 80 and 443). Connections go through a proxy which checks the name asked for and
             refuses names that resolve to private addresses.
+        direct: `name:port` or `address:port`, IPv4, for programs that know no proxy: a TCP
+            connection to it just works. The name is resolved once, when the sandbox starts.
         allow_private: let allowed names resolve to private, loopback and link-local addresses.
     """
 
     allow: tuple[str, ...] = ()
+    direct: tuple[str, ...] = ()
     allow_private: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +89,18 @@ class Network:
                 raise SandboxRequestError(
                     f"network rule {rule!r} is not NAME, *.NAME or ADDRESS with an optional :PORT"
                 )
+        if len(self.direct) > 48:
+            raise SandboxRequestError(f"network.direct has {len(self.direct)} rules; at most 48")
+        for rule in self.direct:
+            valid = _HOST.fullmatch(rule) and ":" in rule and rule[0] not in "*["
+            if not valid or not 0 < split_host(rule)[1] < 65536:
+                raise SandboxRequestError(f"network.direct {rule!r} is not NAME:PORT")
+
+
+def split_host(rule: str) -> tuple[str, int]:
+    """Name and port of a `name:port` rule."""
+    name, _, port = rule.rpartition(":")
+    return name, int(port)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -53,6 +54,7 @@ class ImageStore:
         self._layers = root / "layers"
         self._manifests = root / "manifests"
         self._mounts = root / "mounts"
+        self._memories = root / "memories"
 
     # -- reading
     def all(self) -> list[Image]:
@@ -94,6 +96,10 @@ class ImageStore:
     def layer_file(self, digest: str) -> Path:
         """The EROFS file of a layer, for a machine's disk."""
         return self._layers / f"{digest}.erofs"
+
+    def memory(self, name: str) -> Path:
+        """Directory of the processes' checkpoint that belongs to snapshot `name`."""
+        return self._memories / name
 
     def resolve(self, image: str | Path | None, layout: Layout) -> tuple[list[Path], bool]:
         """Read-only directories of an image, topmost first, and whether its /usr is the host's."""
@@ -170,7 +176,7 @@ class ImageStore:
         path = self._manifest_path(name)
         self._manifests.mkdir(parents=True, exist_ok=True)
         data = {"name": name, "layers": layers, "base": base, "created_s": time.time()}
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
         partial.write_text(json.dumps(data, indent=1))
         partial.replace(path)
         return self.get(name)
@@ -217,9 +223,14 @@ class ImageStore:
             return self.save(name, (self.add_layer(root),), None)
 
     def commit(
-        self, directory: Path, base: str | Path | None, *, seen_by: int | None = None
+        self,
+        directory: Path,
+        base: str | Path | None,
+        *,
+        seen_by: int | None = None,
+        name: str | None = None,
     ) -> str:
-        """A new image: `directory` over image `base`; returns its content-derived name."""
+        """A new image: `directory` over image `base`; returns its (content-derived) name."""
         below: tuple[str, ...] = ()
         bottom: str | None = HOST if base is None else str(base)
         if bottom != HOST and not str(bottom).startswith("/"):
@@ -227,12 +238,13 @@ class ImageStore:
             below, bottom = parent.layers, parent.base
         layers = (*below, self.add_layer(directory, seen_by=seen_by))
         identity = hashlib.sha256(repr((layers, bottom)).encode()).hexdigest()
-        return self.save(f"snapshot-{identity[:24]}", layers, bottom).name
+        return self.save(name or f"snapshot-{identity[:24]}", layers, bottom).name
 
     def remove(self, name: str) -> None:
         """Remove an image, and the layers only it used."""
         self.get(name)
         self._manifest_path(name).unlink()
+        shutil.rmtree(self.memory(name), ignore_errors=True)
         self.collect()
 
     def collect(self) -> list[str]:

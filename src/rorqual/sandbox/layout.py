@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from pathlib import Path
 
@@ -114,7 +115,7 @@ class _whole:  # noqa: N801  (reads as a word of the with statement)
 
     def __init__(self, target: Path) -> None:
         self._target = target
-        self._partial = target.with_name(f".{target.name}.{os.getpid()}")
+        self._partial = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
 
     def __enter__(self) -> Path:
         shutil.rmtree(self._partial, ignore_errors=True)

@@ -71,8 +71,11 @@ class EgressProxy:
         refusals: what was refused, newest last, for the operator.
     """
 
-    def __init__(self, client: AgentClient, network: Network) -> None:
+    def __init__(
+        self, client: AgentClient, network: Network, *, inside_port: int = PROXY_PORT
+    ) -> None:
         self.refusals: list[str] = []
+        self._inside_port = inside_port
         self._client = client
         self._network = network
         self._tasks: set[asyncio.Task[None]] = set()
@@ -95,7 +98,7 @@ class EgressProxy:
 
     async def _serve(self) -> None:
         try:
-            request = ExecRequest(argv=(str(PROXY_PORT),), stdin=None, timeout_s=_FOREVER_S)
+            request = ExecRequest(argv=(str(self._inside_port),), stdin=None, timeout_s=_FOREVER_S)
             inside = await self._client.start(request, builtin="accept")
             reader = _Reader(inside)
             await reader.read_head(b"+", 1)
@@ -140,6 +143,21 @@ class EgressProxy:
             ]
             first = f"{method} {path} HTTP/1.1".encode("latin-1")
             outside[1].write(b"\r\n".join([first, *kept, b"Connection: close", b"", b""]))
+        await _relay(inside, reader, *outside)
+
+
+class DirectRelay(EgressProxy):
+    """Relays every connection to one port inside to one place outside."""
+
+    def __init__(
+        self, client: AgentClient, network: Network, *, inside_port: int, address: str, port: int
+    ) -> None:
+        super().__init__(client, network, inside_port=inside_port)
+        self._place = (address, port)
+
+    async def _handle(self, inside: Process, reader: _Reader) -> None:
+        async with asyncio.timeout(_CONNECT_S):
+            outside = await asyncio.open_connection(*self._place)
         await _relay(inside, reader, *outside)
 
 

@@ -322,7 +322,15 @@ async def start_sandbox(options: SandboxOptions) -> Sandbox:
             from rorqual.sandbox.function.sandbox import FunctionSandbox
 
             return await FunctionSandbox.open(options)
+        case "microvm":
+            from rorqual.sandbox.microvm.sandbox import start_microvm
+
+            return await start_microvm(options)
+        case "vm":
+            from rorqual.sandbox.vm.sandbox import start_vm
+
+            return await start_vm(options)
         case _:
             raise SandboxRequestError(
-                f"substrate {options.substrate!r} is not one of function, container"
+                f"substrate {options.substrate!r} is not one of function, container, microvm, vm"
             )

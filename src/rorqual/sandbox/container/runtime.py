@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from rorqual.errors import SandboxRequestError, SubstrateMissingError
@@ -36,6 +37,21 @@ class Runtime:
     def can_listen(self) -> bool:
         """Whether the agent can accept connections on an inherited socket; gVisor's cannot."""
         return self.name != "gvisor"
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether it saves and restores running processes."""
+        return self.name == "gvisor"
+
+    def command(self, directory: Path) -> list[str]:
+        """The program with the options that every command about `directory`'s sandbox needs."""
+        start = [self.program, "--root", str(directory / "runtime")]
+        if self.name == "crun":
+            start.append("--cgroup-manager=disabled")
+        if self.name == "gvisor":
+            # Its own network stack with a loopback only; the shim limits its processes.
+            start += ["--network=none", "--ignore-cgroups", "--platform=ptrace"]
+        return start
 
 
 def install_command(name: RuntimeName) -> str:

@@ -6,23 +6,31 @@ import asyncio
 import contextlib
 import hashlib
 import os
+import secrets
+import shutil
 import signal
 import socket
 import stat
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from rorqual.errors import SandboxFailedError, UnsupportedError
+from rorqual.errors import SandboxError, SandboxFailedError, SandboxLostError, UnsupportedError
 from rorqual.sandbox.agent_sandbox import AgentSandbox
 from rorqual.sandbox.client import AgentClient
 from rorqual.sandbox.container.cgroup import Cgroup
+from rorqual.sandbox.container.egress import find_routes, install_rules, process_inside
 from rorqual.sandbox.container.runtime import Runtime
-from rorqual.sandbox.contract import Capabilities, Limit
+from rorqual.sandbox.contract import Capabilities, Limit, Network
 from rorqual.sandbox.images import ImageStore
 from rorqual.sandbox.layout import Layout
-from rorqual.sandbox.sandbox import SandboxOptions, Snapshot
+from rorqual.sandbox.proxy import DirectRelay
+from rorqual.sandbox.sandbox import Sandbox, SandboxOptions, Snapshot
 
 END_S = 15.0
 """How long the shim may take to kill and clean up."""
+
+CHECKPOINT_S = 60.0
 
 
 def container_capabilities(
@@ -39,7 +47,7 @@ def container_capabilities(
     return Capabilities(
         users=privileged,
         pause=cgroup is not None,
-        snapshot="files" if privileged else None,
+        snapshot="memory" if runtime.can_checkpoint else "files" if privileged else None,
         survives_host=runtime.can_listen,
         enforced=frozenset(enforced),
         boundary=kernel,
@@ -55,6 +63,7 @@ class ContainerSandbox(AgentSandbox):
         id: str,
         options: SandboxOptions,
         capabilities: Capabilities,
+        runtime: Runtime,
         client: AgentClient,
         directory: Path,
         life: socket.socket | None,
@@ -69,6 +78,7 @@ class ContainerSandbox(AgentSandbox):
             directory=directory,
             confine=True,
         )
+        self._runtime = runtime
         self._life = life
         self._cgroup = cgroup
         self._layout = layout
@@ -76,6 +86,30 @@ class ContainerSandbox(AgentSandbox):
 
     def ran_out_of_memory(self) -> bool:
         return self._cgroup is not None and self._cgroup.new_oom_kills() > 0
+
+    async def open_routes(self, network: Network) -> None:
+        if self._cgroup is None or self._runtime.name == "gvisor":
+            raise UnsupportedError(
+                f"{self._runtime.name} here: there are no direct routes, only names by the proxy"
+            )
+        routes = await find_routes(network)
+        pid = process_inside(list(self._cgroup.directories.values()))
+        await asyncio.to_thread(install_rules, pid, routes)
+        named = {route.address: route.host for route in routes if route.address != route.host}
+        hosts = b"" if not named else await self.read("/etc/hosts")
+        lines = "".join(f"{address} {host}\n" for address, host in named.items()).encode()
+        if lines not in hosts:
+            await self.write("/etc/hosts", hosts + lines)
+        for route in routes:
+            relay = DirectRelay(
+                self.client,
+                network,
+                inside_port=route.inside,
+                address=route.address,
+                port=route.port,
+            )
+            await relay.start()
+            self.relays.append(relay)
 
     # -- state
     async def pause(self) -> None:
@@ -94,12 +128,54 @@ class ContainerSandbox(AgentSandbox):
         upper = self.directory / "disk" / "upper"
         base = self.options.snapshot.id if self.options.snapshot else self.options.image
         store = ImageStore(self._layout.images)
+        commit = partial(store.commit, upper, base, seen_by=self._shim())
+        if self._runtime.can_checkpoint:
+            return await self._checkpoint(store, commit)
         await self.pause()
         try:
-            id = await asyncio.to_thread(store.commit, upper, base, seen_by=self._shim())
+            id = await asyncio.to_thread(commit)
         finally:
             await self.resume()
         return Snapshot(id=id, substrate="container", kind="files")
+
+    async def _checkpoint(self, store: ImageStore, commit: Callable[..., str]) -> Snapshot:
+        """Save the processes, which ends them, keep the files as they are then, and restore."""
+        assert self._life is not None, "what can checkpoint cannot outlive its creator"
+        life = self._life
+        id = f"memory-{secrets.token_hex(12)}"
+        image = self.directory / "again"
+
+        async def save_and_restore() -> socket.socket:
+            image.mkdir()
+            life.send(b"w")  # the end to come is not the last
+            command = [*self._runtime.command(self.directory), "checkpoint"]
+            await _run([*command, f"--image-path={image}", self.id])
+            await asyncio.to_thread(commit, name=id)
+            await asyncio.to_thread(_link_tree, image, store.memory(id))
+            ours, agents = socket.socketpair()
+            with agents:
+                socket.send_fds(life, [b"r"], [agents.fileno()])
+            return ours
+
+        try:
+            async with asyncio.timeout(CHECKPOINT_S):
+                await self.client.move(save_and_restore)
+        except (TimeoutError, SandboxError) as error:
+            await self.kill()
+            raise SandboxLostError(
+                f"sandbox {self.id} was lost in its snapshot: {error}"
+            ) from error
+        await asyncio.to_thread(shutil.rmtree, image)
+        return Snapshot(id=id, substrate="container", kind="memory")
+
+    async def fork(self, count: int = 1) -> Sequence[Sandbox]:
+        forks = await super().fork(count)
+        taken = forks[0].options.snapshot
+        if taken is not None and taken.kind == "memory":
+            # The forks run: of their snapshot only the files are still needed, as a lower layer.
+            memory = ImageStore(self._layout.images).memory(taken.id)
+            await asyncio.to_thread(shutil.rmtree, memory, ignore_errors=True)
+        return forks
 
     async def change_digest(self) -> str | None:
         if self.capabilities.snapshot is None:
@@ -149,6 +225,33 @@ class ContainerSandbox(AgentSandbox):
         async with asyncio.timeout(END_S):
             while self.directory.exists():
                 await asyncio.sleep(0.003)
+
+
+async def _run(command: list[str]) -> None:
+    """Run a program of the runtime to its end; raises `SandboxFailedError` with what it said."""
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        _, said = await process.communicate()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        raise
+    if process.returncode != 0:
+        text = said[-500:].decode("utf-8", "replace").strip()
+        raise SandboxFailedError(f"{command[0]}: {text}")
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """The files of `source` also under `target`; both are below one root, so links suffice."""
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        os.link(file, target / file.name)
 
 
 def _digest_tree(top: Path) -> str:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rorqual.errors import (
     SandboxError,
@@ -26,6 +27,7 @@ from rorqual.errors import (
     SandboxRequestError,
     UnsupportedError,
 )
+from rorqual.sandbox import wire
 from rorqual.sandbox.client import AgentClient, connect
 from rorqual.sandbox.container.bundle import agent_arguments, bubblewrap_arguments, oci_config
 from rorqual.sandbox.container.cgroup import Cgroup, find_hierarchy
@@ -44,6 +46,13 @@ async def start_container(options: SandboxOptions) -> ContainerSandbox:
     runtime = find_runtime(options.isolation)
     if options.linger_s > 0 and not runtime.can_listen:
         raise UnsupportedError(f"{runtime.name}: a sandbox cannot outlive its creator")
+    if options.snapshot is not None and options.snapshot.kind == "memory":
+        if not runtime.can_checkpoint:
+            raise SandboxRequestError(
+                f"{runtime.name} cannot restore processes; isolation='gvisor' can"
+            )
+        if not ImageStore(Layout(options.root).images).memory(options.snapshot.id).is_dir():
+            raise SandboxRequestError(f"snapshot {options.snapshot.id!r} is gone")
     layout = Layout(options.root)
     id = secrets.token_hex(8)
     directory = layout.sandboxes / id
@@ -73,11 +82,16 @@ async def start_container(options: SandboxOptions) -> ContainerSandbox:
         if options.linger_s == 0:
             shim.append("--life")
         shim += ["--", *command]
+        if runtime.can_checkpoint and options.linger_s == 0:
+            shim += ["--again", *_restore(runtime, directory, directory / "again")]
         life, stream = _spawn(shim, directory, log.fileno(), options, listen=runtime.can_listen)
         if stream is None:
             client = await _meet(directory, START_S)
         else:
-            client = await connect(stream, timeout_s=START_S)
+            restored = options.snapshot is not None and options.snapshot.kind == "memory"
+            client = await connect(stream, timeout_s=START_S, say_hello=restored)
+            if restored:
+                await client.ask(b"n", wire.text_field(b"M", secrets.token_hex(16) + "\n"))
     except SandboxLostError as error:
         log.seek(0)
         said = log.read(2000).decode("utf-8", "replace").strip()
@@ -92,13 +106,18 @@ async def start_container(options: SandboxOptions) -> ContainerSandbox:
         id=id,
         options=options,
         capabilities=container_capabilities(runtime, cgroup, privileged=privileged),
+        runtime=runtime,
         client=client,
         directory=directory,
         life=life,
         cgroup=cgroup,
         layout=layout,
     )
-    await sandbox.open_network()
+    try:
+        await sandbox.open_network()
+    except BaseException:
+        await sandbox.kill()
+        raise
     return sandbox
 
 
@@ -159,14 +178,16 @@ def _prepare(
         cgroups_path=f"/rorqual/{directory.name}" if runtime.name == "runc" else None,
     )
     (directory / "config.json").write_text(json.dumps(config))
-    state = ["--root", str(directory / "runtime")]
-    run = ["--bundle", str(directory), directory.name]
-    if runtime.name == "crun":
-        return [runtime.program, *state, "--cgroup-manager=disabled", "run", "--detach", *run]
-    if runtime.name == "gvisor":
-        # Its own network stack with a loopback only; the shim limits its processes.
-        state += ["--network=none", "--ignore-cgroups", "--platform=ptrace"]
-    return [runtime.program, *state, "run", "--detach", *run]
+    if options.snapshot is not None and options.snapshot.kind == "memory":
+        memory = ImageStore(layout.images).memory(options.snapshot.id)
+        return _restore(runtime, directory, memory)
+    bundle = ["--bundle", str(directory), directory.name]
+    return [*runtime.command(directory), "run", "--detach", *bundle]
+
+
+def _restore(runtime: Runtime, directory: Path, memory: Path) -> list[str]:
+    bundle = ["--bundle", str(directory), "--image-path", str(memory), directory.name]
+    return [*runtime.command(directory), "restore", "--detach", *bundle]
 
 
 def _as_json(options: SandboxOptions) -> dict[str, object]:
@@ -257,9 +278,7 @@ async def attach_container(id: str, *, root: Path | None = None) -> ContainerSan
         **{
             **stored,
             "limits": Limits(**stored["limits"]),
-            "network": Network(**{**network, "allow": tuple(network["allow"])})
-            if network
-            else None,
+            "network": _as_network(network) if network else None,
         },
         root=root,
     )
@@ -269,12 +288,12 @@ async def attach_container(id: str, *, root: Path | None = None) -> ContainerSan
     if cgroup is not None:
         cgroup.new_oom_kills()
     client = await _meet(directory, START_S)
+    runtime = find_runtime(options.isolation)
     sandbox = ContainerSandbox(
         id=id,
         options=options,
-        capabilities=container_capabilities(
-            find_runtime(options.isolation), cgroup, privileged=privileged
-        ),
+        capabilities=container_capabilities(runtime, cgroup, privileged=privileged),
+        runtime=runtime,
         client=client,
         directory=directory,
         life=None,
@@ -283,6 +302,11 @@ async def attach_container(id: str, *, root: Path | None = None) -> ContainerSan
     )
     await sandbox.open_network()
     return sandbox
+
+
+def _as_network(stored: dict[str, Any]) -> Network:
+    lists = {name: tuple(stored[name]) for name in ("allow", "direct")}
+    return Network(**{**stored, **lists})
 
 
 def remove_remains(directory: Path, life: socket.socket | None = None) -> bool:

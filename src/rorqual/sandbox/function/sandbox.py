@@ -3,6 +3,8 @@
 ``exec(["js", "-e", SOURCE])`` and ``exec(["python", "-c", SOURCE])``, or a path to a given file
 instead of the option. Nothing survives a call but the files the host wrote, which scripts can only
 read (`/data` in Python). There are no processes, terminals, ports or pauses.
+
+With ``isolation="container"`` Python calls run the machine's CPython in a warm container each.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rorqual.errors import (
     SandboxFailedError,
@@ -34,6 +37,9 @@ from rorqual.sandbox.function import channel
 from rorqual.sandbox.layout import Layout
 from rorqual.sandbox.output import OutputBuffer
 from rorqual.sandbox.sandbox import Sandbox, SandboxOptions
+
+if TYPE_CHECKING:  # containers are only needed where they were asked for
+    from rorqual.sandbox.function.container import ContainerCalls
 
 Engine = Literal["javascript", "python"]
 Tool = Callable[..., Any | Awaitable[Any]]
@@ -63,6 +69,11 @@ CAPABILITIES = Capabilities(
     survives_host=False,
     enforced=frozenset({"memory", "disk", "processes", "output", "wall"}),
     boundary="the language engine, in a process without files, sockets or programs",
+)
+
+CONTAINER_BOUNDARY = (
+    "JavaScript: the language engine, in a process without files, sockets or programs; "
+    "Python: a container for each call"
 )
 
 
@@ -150,12 +161,25 @@ class FunctionSandbox(Sandbox):
         self._lock = asyncio.Lock()
         self._numbers = itertools.count(1)
         self._ended = False
+        self._containers: ContainerCalls | None = None
+        if options.isolation == "container":
+            from rorqual.sandbox.function.container import ContainerCalls
+
+            self._containers = ContainerCalls(options, self._files, directory / "output")
+            self.capabilities = replace(CAPABILITIES, boundary=CONTAINER_BOUNDARY)
 
     @classmethod
     async def open(cls, options: SandboxOptions) -> FunctionSandbox:
         """Make one; workers start with the first call of each language."""
-        for name in ("image", "snapshot", "network", "isolation"):
-            if getattr(options, name) is not None:
+        if options.isolation not in (None, "container"):
+            raise SandboxRequestError(
+                f'functions have isolation="container" or none, not {options.isolation!r}'
+            )
+        for name in ("image", "snapshot", "network"):
+            if getattr(options, name) is not None and (name, options.isolation) != (
+                "image",
+                "container",
+            ):
                 raise UnsupportedError(f"functions take no {name}")
         if options.linger_s:
             raise UnsupportedError("a function sandbox ends with its creator")
@@ -169,7 +193,9 @@ class FunctionSandbox(Sandbox):
 
     async def warm(self, engine: Engine) -> None:
         """Start the worker of a language ahead of its first call."""
-        if engine not in self._workers:
+        if engine == "python" and self._containers is not None:
+            await self._containers.warm()
+        elif engine not in self._workers:
             self._workers[engine] = await Worker.start(
                 engine, self.options.limits.memory_bytes, self._files, self._cache
             )
@@ -203,6 +229,9 @@ class FunctionSandbox(Sandbox):
         self, request: ExecRequest, engine: Engine, source: str, arguments: list[str]
     ) -> ExecResult:
         """Run one call to its end."""
+        if engine == "python" and self._containers is not None:
+            argv = ["python3", "-c", source, *arguments]
+            return await self._containers.run(next(self._numbers), request, argv)
         limits = self.options.limits
         number = next(self._numbers)
         buffers = {
@@ -362,6 +391,8 @@ class FunctionSandbox(Sandbox):
         self._ended = True
         for engine in list(self._workers):
             await self._discard(engine)
+        if self._containers is not None:
+            await self._containers.close()
         await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
 
 

@@ -1,4 +1,4 @@
-"""The two C programs of the sandbox: the agent inside it and its shim on the host.
+"""The C programs of the sandbox: the agent inside, a guest machine's init, the shim on the host.
 
 They are compiled statically at first use, so that the agent runs in any file system, and cached by
 the hash of their sources.
@@ -7,7 +7,7 @@ the hash of their sources.
 from __future__ import annotations
 
 import hashlib
-import os
+import secrets
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,7 +19,7 @@ SOURCES = Path(__file__).parent
 _FLAGS = ("-static", "-O2", "-s", "-std=gnu11", "-Wall")
 
 
-def build(program: Literal["agent", "shim"], cache: Path) -> Path:
+def build(program: Literal["agent", "shim", "init"], cache: Path) -> Path:
     """Return the path of the compiled program, compiling it if `cache` has no current one.
 
     Raises:
@@ -38,7 +38,7 @@ def build(program: Literal["agent", "shim"], cache: Path) -> Path:
             "apt-get install --no-install-recommends gcc libc6-dev"
         )
     cache.mkdir(parents=True, exist_ok=True)
-    partial = cache / f".{binary.name}.{os.getpid()}"
+    partial = cache / f".{binary.name}.{secrets.token_hex(6)}"
     command = [compiler, *_FLAGS, "-o", str(partial), str(SOURCES / f"{program}.c")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -63,7 +63,7 @@ struct connection {
     int fd;
     unsigned char *in, *out;
     size_t in_size, in_capacity, out_start, out_size, out_capacity;
-    bool device;
+    bool device, held;  // held: the host asked for silence until it says more
 };
 
 struct command {
@@ -523,7 +523,8 @@ static void write_input(struct command *c) {
         if (c->flags & FLAG_PTY && c->input_fd >= 0 && write(c->input_fd, "\4", 1) < 0) {}
         close_fd(&c->input_fd);
     }
-    if (c->input.start - c->input_credited >= CHUNK || c->input.start == c->input.end) {
+    bool held = c->connection >= 0 && connections[c->connection].held;
+    if (!held && (c->input.start - c->input_credited >= CHUNK || c->input.start == c->input.end)) {
         if (c->input_credited != c->input.start)
             send_frame(c->connection, 'C', c->stream, &c->input.start, 8, NULL, 0);
         c->input_credited = c->input.start;
@@ -548,7 +549,7 @@ static bool advance(struct command *c) {
         struct output *o = &c->outputs[i];
         if (c->finished && o->fd >= 0 && !o->discard) read_output(c, o);
         if (o->fd >= 0 && !o->discard) drained = false;
-        while (c->connection >= 0 && o->sent < o->kept.end) {
+        while (c->connection >= 0 && !connections[c->connection].held && o->sent < o->kept.end) {
             struct connection *to = &connections[c->connection];
             if (to->out_size - to->out_start > OUTBOX) break;
             struct __attribute__((packed)) { uint8_t channel; uint64_t offset; } head = {
@@ -562,7 +563,8 @@ static bool advance(struct command *c) {
         if (o->sent < o->kept.end) drained = false;
     }
     bool over = c->finished && c->status_fd < 0 && drained;
-    if (over && c->connection >= 0 && !c->reported) send_exit(c);
+    bool can_send = c->connection >= 0 && !connections[c->connection].held;
+    if (over && can_send && !c->reported) send_exit(c);
     bool quiet = c->outputs[0].fd < 0 && c->outputs[1].fd < 0;
     bool unwanted = c->acknowledged || (!*c->id && (c->reported || c->connection < 0));
     return c->finished && c->status_fd < 0 && quiet && unwanted;
@@ -720,7 +722,14 @@ static void handle_frame(int index, char type, uint32_t stream, unsigned char *p
         case 'a': return handle_attach(index, stream, p, size);
         case 'n': return handle_renew(index, stream, p, p + size);
         case 'p': return send_frame(index, 'P', stream, p, size, NULL, 0);
-        case 'h': return detach_commands(index), greet(index);  // a host opened a serial line
+        case 'h':  // a host opened a serial line, or the stream of a restored checkpoint
+            connections[index].held = false;
+            return detach_commands(index), greet(index);
+        case 'z':  // nothing may be half sent while this process is checkpointed
+            send_frame(index, 'Z', stream, NULL, 0, NULL, 0);
+            connections[index].held = true;
+            return;
+        case 'y': connections[index].held = false; return;
         case 'q': stopping = true; return;
         case 'l': if (size == 8) memcpy(&linger_ms, p, 8); return;
         case 'f': {

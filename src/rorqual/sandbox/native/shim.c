@@ -2,12 +2,14 @@
 //
 // Usage: shim STATE_DIR [--life] [--umount PATH] [--bind FROM TO] [--tmpfs PATH OPTIONS]
 //             [--overlay PATH OPTIONS] [--mkdir PATH] [--cgroup DIR] [--residue DIR] ...
-//             -- RUNTIME ARGUMENT...
+//             -- RUNTIME ARGUMENT... [--again RUNTIME ARGUMENT...]
 //   --cgroup: joined before the runtime starts and removed at the end; --residue: only removed
 //   descriptor 0: handed to the runtime (the agent's listening socket)
 //   descriptor 2: log of the runtime
 //   descriptor 3, with --life: the creator's end of a socket pair; when it closes, the container
 //                 is killed. It closes here when everything is gone.
+//   --again: a checkpoint ends a container. After a byte 'w' on descriptor 3 its end is not the last:
+//            a byte 'r' with a descriptor runs this command, with that as descriptor 0.
 //
 // All mounts are made in a private mount namespace, so whatever kills this process also unmounts
 // them. A container whose shim was killed sees its guard pipe close and ends too; then only files
@@ -27,6 +29,7 @@
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -175,17 +178,56 @@ static void clean_up(const char *state) {
     nftw(state, remove_entry, 32, FTW_DEPTH | FTW_PHYS | FTW_MOUNT);
 }
 
-static void wait_for_end(bool life, int signal_fd) {
+// Take what the creator says: a descriptor to restore with, -1 for "wait", or -2 once it is gone.
+static int hear_creator(void) {
+    char byte = 0, room[CMSG_SPACE(sizeof(int))];
+    struct iovec part = {&byte, 1};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1, .msg_control = room,
+                             .msg_controllen = sizeof room};
+    if (recvmsg(LIFE_FD, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) <= 0) return -2;
+    struct cmsghdr *given = CMSG_FIRSTHDR(&message);
+    int fd = -1;
+    if (byte == 'r' && given && given->cmsg_type == SCM_RIGHTS) memcpy(&fd, CMSG_DATA(given), sizeof fd);
+    return byte == 'w' ? -1 : byte == 'r' ? fd : -2;
+}
+
+// Wait for the container's end. Returns true if a checkpoint ended it and it is to be restored, with
+// the agent's new stream as descriptor 0.
+static bool wait_for_end(const char *state, bool life, int signal_fd, bool can_restore) {
     struct pollfd fds[2] = {{signal_fd, POLLIN, 0}, {life ? LIFE_FD : -1, POLLIN, 0}};
-    bool dying = false;
-    while (reap()) {
+    bool dying = false, waiting = false;
+    int stream = -1;
+    while (reap() || (can_restore && waiting && !dying && stream < 0)) {
         if (dying) kill_children();
         if (poll(fds, 2, dying ? 5 : -1) < 0 && errno != EINTR) break;
         struct signalfd_siginfo info;
         while (read(signal_fd, &info, sizeof info) > 0)
             if (info.ssi_signo != SIGCHLD) dying = true;
-        if (fds[1].revents) dying = true, fds[1].fd = -1;
+        if (!fds[1].revents) continue;
+        int heard = hear_creator();
+        if (heard >= 0) stream = heard;
+        waiting = heard >= -1;
+        if (!waiting) dying = true, fds[1].fd = -1;
     }
+    if (dying || stream < 0) return false;
+    char path[4096];  // what the runtime remembers is of the ended container
+    snprintf(path, sizeof path, "%s/runtime", state);
+    nftw(path, remove_entry, 32, FTW_DEPTH | FTW_PHYS | FTW_MOUNT);
+    if (stream == 0) fcntl(0, F_SETFD, 0);
+    else dup2(stream, 0), close(stream);
+    return true;
+}
+
+static void start_runtime(char **command, const sigset_t *watched, int guard) {
+    pid_t runtime = fork();
+    if (runtime == 0) {
+        sigprocmask(SIG_UNBLOCK, watched, NULL);
+        for (int i = 0; i < num_cgroups; i++) write_in(cgroups[i], "cgroup.procs", "0", true);
+        dup2(guard, 1);
+        execvp(command[0], command);
+        fail("run", command[0]);
+    }
+    if (runtime < 0) dprintf(2, "shim: fork: %s\n", strerror(errno));
 }
 
 int main(int argc, char **argv) {
@@ -211,18 +253,15 @@ int main(int argc, char **argv) {
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0);
     int guard[2];
     if (pipe2(guard, O_CLOEXEC) < 0) fail("pipe", "guard");
-    pid_t runtime = fork();
-    if (runtime == 0) {
-        sigprocmask(SIG_UNBLOCK, &watched, NULL);
-        for (int i = 0; i < num_cgroups; i++) write_in(cgroups[i], "cgroup.procs", "0", true);
-        dup2(guard[0], 1);
-        execvp(argv[command], argv + command);
-        fail("run", argv[command]);
-    }
-    if (runtime < 0) dprintf(2, "shim: fork: %s\n", strerror(errno));
-    close(0);  // from here the socket lives as long as the agent does
-    close(guard[0]);
-    wait_for_end(life, signal_fd);
+    char **again = NULL;
+    for (int i = command; i < argc; i++)
+        if (!strcmp(argv[i], "--again")) argv[i] = NULL, again = argv + i + 1, i = argc;
+    char **next = argv + command;
+    do {
+        start_runtime(next, &watched, guard[0]);
+        close(0);  // from here the socket lives as long as the agent does
+        next = again;
+    } while (wait_for_end(state, life, signal_fd, again != NULL));
     clean_up(state);
     return 0;
 }
