@@ -1,0 +1,1 @@
+"""Sandboxes in the shapes other projects expect; each file needs that project's package."""

@@ -1,0 +1,1 @@
+"""The control plane: many sandboxes of one machine behind HTTP."""

@@ -1,0 +1,156 @@
+"""Starts, finds again and ends sandboxes in a directory that is one control plane's alone.
+
+Whatever lies in that directory is ours: a container no row speaks of was being started when we were
+killed, and is ended. Images, compiled programs and base layers are shared with other users of this
+machine by links.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import os
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import cast
+
+from rorqual.errors import SandboxError, SandboxFailedError, SandboxLostError
+from rorqual.sandbox.agent_sandbox import AgentSandbox
+from rorqual.sandbox.container.cgroup import Cgroup, find_hierarchy
+from rorqual.sandbox.container.runtime import find_runtime
+from rorqual.sandbox.container.start import attach_container, remove_remains, sweep
+from rorqual.sandbox.contract import SubstrateName
+from rorqual.sandbox.control.store import Row
+from rorqual.sandbox.control.wants import Wanted
+from rorqual.sandbox.images import ImageStore
+from rorqual.sandbox.layout import Layout
+from rorqual.sandbox.sandbox import Sandbox, SandboxOptions, start_sandbox
+
+MAX_LIFE_S = 7 * 86_400.0
+"""No sandbox lives longer: the agent inside keeps the time, whatever becomes of its owner."""
+_SHARED = ("images", "bin", "layers", "wasm")
+_UNBORN_S = 2.0
+
+
+class Machine:
+    """This machine's sandboxes of one control plane.
+
+    Args:
+        data: the control plane's directory.
+        shared: root of the images; None is the system's.
+        linger_s: how long containers wait for a control plane that died.
+    """
+
+    def __init__(self, data: Path, *, shared: Path | None = None, linger_s: float = 600.0) -> None:
+        self.data = data.absolute()
+        self.layout = Layout(self.data)
+        self.shared = Layout(shared)
+        self.linger_s = linger_s
+
+    def prepare(self) -> None:
+        """Make the directory, and empty what only a dead control plane used."""
+        self.layout.sandboxes.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for name in _SHARED:
+            link, target = self.data / name, self.shared.root / name
+            if link != target and not link.is_symlink():
+                target.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(target)
+        scratch = self.data / "tmp"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(mode=0o700)
+
+    async def start(self, wanted: Wanted) -> Sandbox:
+        """Start one; see `Sandbox.create` for what it raises."""
+        image = await asyncio.to_thread(self._image, wanted.template)
+        is_container = wanted.substrate == "container"
+        outlives = is_container and find_runtime(wanted.isolation).can_listen
+        options = SandboxOptions(
+            substrate=cast(SubstrateName, wanted.substrate),
+            image=image,
+            isolation=wanted.isolation,
+            limits=wanted.limits,
+            network=wanted.network,
+            ttl_s=MAX_LIFE_S,
+            linger_s=self.linger_s if outlives else 0.0,
+            read_only=wanted.read_only,
+            root=self.data,
+        )
+        return await start_sandbox(options)
+
+    def _image(self, template: str) -> str | None:
+        """A template is an image; "base" is the default unless an image is called so."""
+        known = {image.name for image in ImageStore(self.layout.images).all()}
+        return None if template == "base" and template not in known else template
+
+    def guests(self) -> list[str]:
+        """Ids of everything in the directory, live or not."""
+        return sorted(path.name for path in self.layout.sandboxes.iterdir())
+
+    async def adopt(self, row: Row) -> Sandbox | None:
+        """Connect to a row's sandbox again; None if it is gone."""
+        if row.guest is None or row.substrate != "container":
+            return None
+        hierarchy = find_hierarchy() if os.geteuid() == 0 else None
+        was_paused = row.state == "paused"
+        if hierarchy is not None:  # a frozen agent does not answer
+            with contextlib.suppress(OSError, SandboxError):
+                Cgroup(hierarchy, row.guest).thaw()
+        try:
+            sandbox: AgentSandbox = await attach_container(row.guest, root=self.data)
+        except SandboxLostError:
+            return None
+        if was_paused:
+            await sandbox.pause()
+        return sandbox
+
+    async def end_guest(self, id: str) -> None:
+        """End a container without a connection to it, and remove what is left of it."""
+        await asyncio.to_thread(self._end_guest, self.layout.sandboxes / id)
+
+    def _end_guest(self, directory: Path) -> None:
+        hierarchy = find_hierarchy() if os.geteuid() == 0 else None
+        if hierarchy is not None:
+            with contextlib.suppress(OSError, SandboxError):
+                Cgroup(hierarchy, directory.name).thaw()
+        for _ in range(int(_UNBORN_S / 0.02)):  # its shim may be about to lock it
+            if (directory / "lock").exists() or not directory.exists():
+                break
+            time.sleep(0.02)
+        if (pid := _holder(directory / "lock")) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        if not remove_remains(directory):
+            raise SandboxFailedError(f"sandbox {directory.name} could not be removed")
+
+    def sweep(self) -> list[str]:
+        """Remove what is left of containers whose shim was killed."""
+        return sweep(self.data)
+
+    def use_scratch(self) -> None:
+        """Let temporary files of this process lie where the next one empties them."""
+        tempfile.tempdir = str(self.data / "tmp")
+
+
+def _holder(lock: Path) -> int | None:
+    """The process that holds a sandbox's lock; None if nobody does."""
+    try:
+        with lock.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read().split()[0])
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
+
+
+def with_env(sandbox: Sandbox, env: dict[str, str]) -> Sandbox:
+    """Give a sandbox the variables its commands get; containers are all started without."""
+    if env:
+        sandbox.options = dataclasses.replace(sandbox.options, env=dict(env))
+    return sandbox
