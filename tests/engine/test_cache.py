@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from hypothesis.stateful import (
 from rorqual.engine.cache.cache import PrefixCache
 from rorqual.engine.cache.config import CacheConfig
 from rorqual.engine.cache.plan import CheckpointPolicy, PolicyKind
-from rorqual.engine.cache.pool import BlockPool
+from rorqual.engine.cache.pool import BlockPool, Bytes
 from rorqual.engine.cache.sequence import SequenceCache
 from rorqual.errors import ConfigError
 from rorqual.kernels.layout import BLOCK_TOKENS, cache_layout
@@ -254,6 +255,30 @@ def test_memory_is_never_exceeded_and_running_sequences_keep_theirs() -> None:
     assert second.num_blocks == 0
     rig.cache.finish(running)
     assert rig.cache.reserve(second, 900)
+
+
+def test_a_system_with_less_memory_than_the_budget_evicts_instead() -> None:
+    rig = Rig()
+    slabs: list[object] = []
+
+    def add(slab: Bytes) -> None:
+        if len(slabs) == 3:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        slabs.append(slab)
+        rig.network.add_slab(slab)
+
+    rig.cache = PrefixCache(LAYOUT, rig.cache.config, b"model", add)
+    held = 3 * LAYOUT.slab_blocks * BLOCK_TOKENS
+    greedy = rig.cache.begin(prompt(9))
+    assert rig.cache.reserve(greedy, held)
+    assert not rig.cache.reserve(greedy, held + 1)
+    assert greedy.num_blocks == held // BLOCK_TOKENS
+    rig.cache.finish(greedy)
+    for seed in range(6):
+        tokens = prompt(900, seed)
+        assert rig.answer(tokens)[0] == alone(tokens)[0]
+    assert rig.cache.stats().num_evicted_blocks > 0
+    assert rig.cache.stats().num_held_blocks == 0
 
 
 def test_admission_says_now_later_or_never() -> None:

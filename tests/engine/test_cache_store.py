@@ -237,13 +237,17 @@ def test_half_made_segments_are_swept_but_not_those_being_written(tmp_path: Path
         target.close()
 
 
-def test_a_disk_that_cannot_be_written_costs_the_cache_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_disk_that_cannot_be_written_costs_the_cache_only(
+    tmp_path: Path, is_closed: bool
+) -> None:
     target = store(tmp_path)
     offer(target, 0, range(2))
     target.flush()
     writer, _ = target._writers["block"]
     writer._data.close()
-    writer._data = open(os.devnull, "rb", buffering=0)  # noqa: SIM115 - writing raises OSError
+    if not is_closed:  # writing raises OSError; to the closed file, ValueError
+        writer._data = open(os.devnull, "rb", buffering=0)  # noqa: SIM115
     offer(target, 0, range(2, 4))
     target.flush()
     assert target.stats().error is not None

@@ -54,9 +54,6 @@ class Toy:
             raise EngineError(f"{token_id} is not allowed")
         self.accepted.append(token_id)
 
-    def rollback(self, num_tokens: int) -> None:
-        del self.accepted[len(self.accepted) - num_tokens :]
-
     @property
     def finish_reason(self) -> Literal["stop", "length"] | None:
         return self._end if len(self.accepted) == self._length else None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,15 +24,15 @@ from rorqual.engine.cache.config import CacheConfig
 from rorqual.engine.cache.plan import CheckpointPolicy
 from rorqual.engine.engine import Engine, EngineConfig
 from rorqual.engine.handle import Handle
-from rorqual.engine.native_backend import NativeBackend, fingerprint_of
+from rorqual.engine.native_backend import NativeBackend, NativeMemory, fingerprint_of
 from rorqual.engine.request import Request, SamplingParams, TokenOutput
 from rorqual.engine.scheduler import SchedulerLimits
 from rorqual.engine.torch_backend import TorchBackend
-from rorqual.errors import ConfigError
+from rorqual.errors import ConfigError, PromptTooLongError
 from rorqual.kernels import cpu
 from rorqual.kernels.layout import BLOCK_TOKENS
 from rorqual.model.config import ModelConfig
-from rorqual.model.native import NativeNetwork
+from rorqual.model.native import NativeNetwork, NativeWeightFormat
 from rorqual.model.transformer import Transformer
 from rorqual.testing.weights import random_state
 
@@ -77,16 +79,18 @@ def backend(
     threads: int = 1,
     policy: CheckpointPolicy | None = None,
     directory: Path | None = None,
+    weights: NativeWeightFormat = "as stored",
+    kind: type[NativeBackend] = NativeBackend,
 ) -> NativeBackend:
     """With memory for so many blocks; checkpoints come out of it too."""
-    network = NativeNetwork(model, num_threads=threads, slab_blocks=8)
+    network = NativeNetwork(model, num_threads=threads, slab_blocks=8, weight_format=weights)
     config = CacheConfig(
         memory_bytes=blocks * network.layout.block_nbytes,
         max_sequences=running,
         policy=policy or CheckpointPolicy(period_tokens=2 * BLOCK_TOKENS),
         directory=directory,
     )
-    return NativeBackend(network, config, fingerprint=fingerprint_of(model))
+    return kind(network, config, fingerprint=fingerprint_of(model))
 
 
 def engine_on(
@@ -217,13 +221,32 @@ def test_sequences_that_lose_their_memory_answer_as_if_they_had_not(model: Trans
         assert engine.stats().num_preempted > 0
 
 
-def test_a_prompt_no_memory_can_hold_is_refused_with_the_numbers(model: Transformer) -> None:
+class _OutOfStates(NativeBackend):
+    """Cannot begin what it preempted."""
+
+    def begin(self, tokens: Sequence[int], *, is_resumed: bool = False) -> NativeMemory:
+        if is_resumed:
+            raise OSError("Cannot allocate memory")
+        return super().begin(tokens)
+
+
+def test_a_sequence_that_cannot_be_resumed_fails_alone(model: Transformer) -> None:
+    with engine_on(backend(model, blocks=12, kind=_OutOfStates)) as engine:
+        handles = [engine.submit(request(prompt(250, n), 200)) for n in range(4)]
+        reasons = [handle.result(TIMEOUT_S).finish_reason for handle in handles]
+        assert set(reasons) == {"length", "error"}
+        assert engine.submit(request(prompt(50, 9))).result(TIMEOUT_S).finish_reason == "length"
+
+
+def test_the_context_is_what_memory_can_hold(model: Transformer) -> None:
     with engine_on(backend(model, blocks=4)) as engine:
-        output = engine.submit(request(prompt(900, 1))).result(TIMEOUT_S)
+        with pytest.raises(PromptTooLongError, match="512"):
+            engine.submit(request(prompt(900, 1)))
+        # An answer that may be longer than memory ends there; it is not refused for what it may be.
+        output = engine.submit(request(prompt(490, 1), 10_000)).result(TIMEOUT_S)
         small = engine.submit(request(prompt(50, 1))).result(TIMEOUT_S)
-    assert output.finish_reason == "error"
-    assert "bytes of cache" in (output.error or "")
-    assert small.finish_reason == "length"
+    assert output.finish_reason == small.finish_reason == "length"
+    assert len(output.token_ids) == 512 - 490
 
 
 def test_cancelling_under_load_frees_everything(model: Transformer) -> None:
@@ -244,6 +267,32 @@ def test_cancelling_under_load_frees_everything(model: Transformer) -> None:
         stats = native.cache_stats()
         assert stats.num_held_blocks == 0
         assert engine.stats().num_running == 0
+
+
+_LEAVES = """
+import torch
+from rorqual.engine.cache.config import CacheConfig
+from rorqual.engine.engine import Engine
+from rorqual.engine.native_backend import NativeBackend
+from rorqual.engine.request import Request, SamplingParams
+from rorqual.model.config import TINY
+from rorqual.model.native import NativeNetwork
+from rorqual.model.transformer import Transformer
+
+model = Transformer(TINY)
+model.init_weights(torch.Generator().manual_seed(0))
+backend = NativeBackend(NativeNetwork(model, num_threads=2), CacheConfig(memory_bytes=1 << 28))
+asked = Request(prompt_ids=[1] * 500, sampling=SamplingParams(max_tokens=1000), request_id="r")
+next(iter(Engine(backend).submit(asked)))
+print("leaving")
+"""
+
+
+def test_a_program_may_end_without_closing_its_engine() -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", _LEAVES], capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+    assert (child.returncode, child.stdout, child.stderr) == (0, "leaving\n", "")
 
 
 def test_a_restart_reads_the_prompt_from_disk(model: Transformer, tmp_path: Path) -> None:
@@ -271,6 +320,19 @@ def test_other_weights_find_nothing_on_the_same_disk(model: Transformer, tmp_pat
     network = NativeNetwork(model)
     with pytest.raises(ConfigError, match="fingerprint"):
         NativeBackend(network, CacheConfig(memory_bytes=1 << 24, directory=tmp_path))
+
+
+def test_the_same_weights_rounded_find_nothing_on_the_same_disk(
+    model: Transformer, tmp_path: Path
+) -> None:
+    tokens = prompt(300, 61)
+    with engine_on(backend(model, directory=tmp_path, weights="int8")) as engine:
+        engine.submit(request(tokens)).result(TIMEOUT_S)
+    with engine_on(backend(model, directory=tmp_path)) as engine:
+        output = engine.submit(request(tokens)).result(TIMEOUT_S)
+    assert output.usage is not None
+    assert output.usage.cached_tokens == 0
+    assert said(output) == alone(model, request(tokens))
 
 
 def test_the_fingerprint_depends_on_every_weight(model: Transformer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -287,3 +289,29 @@ def test_a_table_that_names_no_expert_is_refused() -> None:
     table = np.full(20, 16, np.int32)
     with pytest.raises(ValueError, match="no such expert"):
         native.MoeBench(_shape(config), made, {}, {"ffn.gate.tid2eid": table}, 1)
+
+
+_TOO_MANY_THREADS = """
+import resource
+import numpy as np
+from rorqual.kernels import cpu
+
+native = cpu.native()
+weight = native.Matrix.from_fp32(np.zeros((16, 16), np.float32))
+x = np.zeros((1, 16), np.float32)
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (256 << 20),) * 2)
+try:
+    native.matmul(weight, x, np.zeros((1, 16), np.float32), threads=1000)
+except RuntimeError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_more_threads_than_the_system_has_are_an_error_not_a_crash() -> None:
+    child = subprocess.run(
+        [sys.executable, "-c", _TOO_MANY_THREADS], capture_output=True, text=True, timeout=60
+    )
+    assert (child.returncode, child.stderr) == (0, "")
+    assert child.stdout.startswith("refused:")

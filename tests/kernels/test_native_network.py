@@ -354,6 +354,8 @@ def test_mistakes_are_named_and_change_nothing() -> None:
         step(np.array([SMALL.vocab_size], np.int32), NativeSegment(1, 0, state, blocks))
     with pytest.raises(ValueError, match="block table"):
         step(one, NativeSegment(1, 2 * BLOCK_TOKENS, state, blocks))
+    with pytest.raises(ValueError, match="block table"):
+        step(one, NativeSegment(1, 2**63 - 1, state, blocks))
     with pytest.raises(ValueError, match="outside the slabs"):
         step(one, NativeSegment(1, 0, state, np.array([32], np.int32)))
     with pytest.raises(ValueError, match="do not match"):
@@ -364,6 +366,15 @@ def test_mistakes_are_named_and_change_nothing() -> None:
     with pytest.raises(ValueError, match="appears twice"):
         network.step(np.array([1, 2], np.int32), [segment, segment], rows)
     assert not state.any()
+    # Arrays that only a copy would make fit: written to in vain, or gone after the call.
+    slab = np.zeros(network.layout.slab_nbytes, np.uint8)
+    for unfit in (slab.view(np.int8), np.repeat(slab, 2)[::2]):
+        with pytest.raises(TypeError):
+            network.add_slab(unfit)
+    with pytest.raises(TypeError):
+        step(one, NativeSegment(1, 0, np.zeros(len(state), np.float32), blocks))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="num_threads"):
+        NativeNetwork(model, num_threads=100_000)
     with pytest.raises(ConfigError, match="weight_format"):
         NativeNetwork(model, weight_format="int3")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="does not divide"):

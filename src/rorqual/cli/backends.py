@@ -84,4 +84,12 @@ def _native(network: Transformer, max_running: int, options: BackendOptions) -> 
         memory = options.cache_memory_mib << 20
     cache = CacheConfig(memory_bytes=memory, max_sequences=max_running, directory=options.cache_dir)
     fingerprint = fingerprint_of(network) if options.cache_dir is not None else b""
-    return NativeBackend(native, cache, fingerprint=fingerprint)
+    backend = NativeBackend(native, cache, fingerprint=fingerprint)
+    if backend.max_context_tokens < network.config.max_position_embeddings:
+        _log.warning(
+            "a cache of %d MiB holds %d of the model's %d tokens of context",
+            memory >> 20,
+            backend.max_context_tokens,
+            network.config.max_position_embeddings,
+        )
+    return backend

@@ -7,7 +7,9 @@ sequences in one ragged batch. Ids in, ids out; text, HTTP and prompts are other
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import functools
 import itertools
 import logging
 import threading
@@ -112,6 +114,9 @@ class Engine:
         self._stats = self._snapshot()
         self._thread = threading.Thread(target=self._run, name="rorqual-engine", daemon=True)
         self._thread.start()
+        # A thread still inside native code when the interpreter goes would abort the process.
+        self._close_at_exit = functools.partial(self.close, drain=False)
+        atexit.register(self._close_at_exit)
 
     # ---- any thread ---------------------------------------------------------------------------
     @property
@@ -183,6 +188,7 @@ class Engine:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise TimeoutError(f"the engine is still running after {timeout_s} s")
+        atexit.unregister(self._close_at_exit)
 
     def __enter__(self) -> Engine:
         return self

@@ -40,10 +40,6 @@ class Constraint(Protocol):
         """Follow one token, which must be an allowed one and not a stop token."""
         ...
 
-    def rollback(self, num_tokens: int) -> None:
-        """Undo the last ``num_tokens`` accepted tokens, at most ``MAX_ROLLBACK`` in a row."""
-        ...
-
     @property
     def finish_reason(self) -> Literal["stop", "length"] | None:
         """Set once nothing but an end may follow: ``stop`` where the answer is complete,
@@ -57,10 +53,6 @@ class ConstraintSource(Protocol):
     def start(self) -> Constraint:
         """A constraint that has accepted nothing. Raises EngineError."""
         ...
-
-
-MAX_ROLLBACK = 64
-"""Tokens a constraint can take back: the longest draft of speculative decoding, with room."""
 
 
 class Restricted(NamedTuple):

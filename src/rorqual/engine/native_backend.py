@@ -14,6 +14,7 @@ from rorqual.engine.cache.cache import PrefixCache
 from rorqual.engine.cache.config import Admission, CacheConfig, CacheStats
 from rorqual.engine.cache.sequence import SequenceCache
 from rorqual.errors import ConfigError
+from rorqual.kernels.layout import BLOCK_TOKENS
 from rorqual.model.native import ADVANCE_DRAFT, REPLAY, NativeNetwork, NativeSegment
 from rorqual.model.transformer import Transformer
 
@@ -59,7 +60,8 @@ class NativeBackend:
         if config.directory is not None and not fingerprint:
             raise ConfigError("a cache on disk needs a fingerprint: other weights must not match")
         self._network = network
-        self._cache = PrefixCache(network.layout, config, fingerprint, on_slab=network.add_slab)
+        identity = fingerprint + network.weight_format.encode()
+        self._cache = PrefixCache(network.layout, config, identity, on_slab=network.add_slab)
         self._flags = ADVANCE_DRAFT if drafts and network.config.num_nextn_predict_layers else 0
         self._num_states = 0
 
@@ -69,7 +71,8 @@ class NativeBackend:
 
     @property
     def max_context_tokens(self) -> int:
-        return self._network.config.max_position_embeddings
+        held = self._cache.blocks.capacity * BLOCK_TOKENS
+        return min(self._network.config.max_position_embeddings, held)
 
     @property
     def can_draft(self) -> bool:
@@ -141,7 +144,7 @@ class NativeBackend:
 
 
 def fingerprint_of(model: Transformer) -> bytes:
-    """A digest of everything a cache's contents depend on besides formats: config and weights."""
+    """A digest of config and weights: with the formats, all that a cache's contents depend on."""
     digest = hashlib.blake2b(repr(model.config).encode(), digest_size=16)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -244,8 +244,13 @@ class Stepper:
                     return
                 self.finish(sequence, "error", error=admission.reason)
                 continue
+            try:
+                sequence.memory = self._backend.begin(sequence.all_tokens, is_resumed=True)
+            except Exception as error:
+                _log.exception("no memory for request %s", sequence.handle.request.request_id)
+                self.finish(sequence, "error", error=_describe(error))
+                continue
             self._preempted.popleft()
-            sequence.memory = self._backend.begin(sequence.all_tokens, is_resumed=True)
             self._running[sequence.key] = sequence
 
     def _release(self, sequence: RunningSequence) -> None:

@@ -28,6 +28,8 @@ NativeWeightFormat = Literal["as stored", "fp32", "bf16", "int8"]
 of linear layers and the head; ``fp32`` also expands FP8 and FP4. Routers and stream mixing, where
 a small error changes a choice, are never rounded."""
 
+_MAX_THREADS = 1024
+
 REPLAY = 1
 """Segment flag: refresh windows and unfinished groups, write no compressed entry."""
 ADVANCE_DRAFT = 2
@@ -79,10 +81,11 @@ class NativeNetwork:
         ):
             if value not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-        if num_threads < 1:
-            raise ConfigError(f"num_threads must be >= 1, got {num_threads}")
+        if not 1 <= num_threads <= _MAX_THREADS:
+            raise ConfigError(f"num_threads must be in 1..{_MAX_THREADS}, got {num_threads}")
         config = model.config
         self.config = config
+        self.weight_format: NativeWeightFormat = weight_format
         try:
             self.layout: CacheLayout = cache_layout(
                 ratios=config.compress_ratios[: config.num_hidden_layers + _mtp_layers(config)],
@@ -130,6 +133,7 @@ class NativeNetwork:
 
         Raises:
             ValueError: it is smaller than ``layout.slab_nbytes``.
+            TypeError: it is not contiguous uint8.
         """
         self._network.add_slab(slab)
 
@@ -148,6 +152,7 @@ class NativeNetwork:
 
         Raises:
             ValueError: token counts, ids, block ids or sizes do not fit; nothing was changed.
+            TypeError: a state is not contiguous uint8; nothing was changed.
         """
         logits = np.empty((len(logit_rows_R), self.config.vocab_size), np.float32)
         self._network.step(

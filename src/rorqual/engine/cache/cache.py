@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -51,6 +52,7 @@ from rorqual.engine.cache.sequence import SequenceCache
 from rorqual.engine.cache.store import Store
 from rorqual.kernels.layout import BLOCK_TOKENS, CacheLayout
 
+_log = logging.getLogger(__name__)
 _EVICTION_SHARE = 128
 """Evicting frees at least this fraction of the memory at once: choosing what goes is not free."""
 
@@ -80,6 +82,7 @@ class PrefixCache:
         self.blocks = BlockPool(layout, config.memory_bytes, on_slab)
         self.states = StatePool(layout, config.max_sequences)
         self._tree = PrefixTree(identity, config.half_life_s)
+        self._budget = config.memory_bytes
         self._replay_tokens = layout.window * len(layout.layers)
         self._checkpoint_bytes = 0
         self._totals = _Totals()
@@ -126,6 +129,7 @@ class PrefixCache:
         assert len(tokens) > 0, "an empty sequence has nothing to feed"
         data = array("i", tokens).tobytes()
         now = time.monotonic()
+        state = self.states.acquire()
         nodes = self._tree.match(data, last_boundary(len(tokens)) // BLOCK_TOKENS)
         for node in nodes:  # held first: loading may evict
             self.blocks.share(node.block)
@@ -137,7 +141,6 @@ class PrefixCache:
             checkpoint=at,
             replay_tokens=self._replay_tokens,
         )
-        state = self.states.acquire()
         if plan.from_checkpoint:
             assert checkpoint is not None
             import_checkpoint(self.layout, checkpoint, plan.restart, state)
@@ -170,9 +173,10 @@ class PrefixCache:
         needed = -(-(sequence.length + num_tokens) // BLOCK_TOKENS) - sequence.num_blocks
         if needed <= 0:
             return True
-        if not self._make_room(needed * self.blocks.block_nbytes):
+        blocks = self._acquire(needed)
+        if blocks is None:
             return False
-        sequence.extend([self.blocks.acquire() for _ in range(needed)])
+        sequence.extend(blocks)
         return True
 
     def commit(self, sequence: SequenceCache, tokens: Sequence[int]) -> None:
@@ -274,13 +278,14 @@ class PrefixCache:
             digest = chain(node.digest, key)
             if not self._store.has("block", digest):
                 return
-            if not self._make_room(self.blocks.block_nbytes):
-                return
             found = self._store.read("block", digest)
             if found is None:
                 self._weed(digest, data[begin + KEY_NBYTES : max_blocks * KEY_NBYTES])
                 return
-            block = self.blocks.acquire()
+            acquired = self._acquire(1)
+            if acquired is None:
+                return
+            block = acquired[0]
             self.blocks.write_block(block, found)
             node = self._tree.add(node, key, block, now)
             self.blocks.share(block)
@@ -356,9 +361,25 @@ class PrefixCache:
                 return
             sequence.num_saved += 1
 
+    def _acquire(self, count: int) -> list[int] | None:
+        """New blocks; None, and none taken, if there is not enough memory."""
+        if not self._make_room(count * self.blocks.block_nbytes):
+            return None
+        acquired: list[int] = []
+        try:
+            for _ in range(count):
+                acquired.append(self.blocks.acquire())
+        except OSError as error:  # then the budget is what there is: evict from now on
+            for block in acquired:
+                self.blocks.release(block)
+            self._budget = self._used_bytes
+            _log.warning("the cache stays at %d MiB: %s", self._budget >> 20, error)
+            return self._acquire(count)
+        return acquired
+
     def _make_room(self, nbytes: int) -> bool:
         """Evict until ``nbytes`` more fit; False, with nothing evicted, if they cannot."""
-        budget, block_nbytes = self.config.memory_bytes, self.blocks.block_nbytes
+        budget, block_nbytes = self._budget, self.blocks.block_nbytes
         held = (self.blocks.num_used - self._num_evictable) * block_nbytes
         if held + nbytes > budget:
             return False

@@ -70,7 +70,10 @@ class BlockPool:
         return self._holders[block]
 
     def acquire(self) -> int:
-        """A block with one holder, contents undefined. There must be a free one."""
+        """A block with one holder, contents undefined. There must be a free one.
+
+        Raises OSError, and nothing changed, if the system has no memory for another slab.
+        """
         assert self.num_free > 0, "no free block"
         if not self._free:
             self._add_slab()
@@ -124,6 +127,8 @@ class BlockPool:
 
     def _add_slab(self) -> None:
         mapping, slab = _map(self.layout.slab_nbytes)
+        if self._on_slab is not None:
+            self._on_slab(slab)
         first = len(self._holders)
         self._maps.append(mapping)
         self._slabs.append(slab)
@@ -131,8 +136,6 @@ class BlockPool:
         self._holders.extend([0] * self.layout.slab_blocks)
         # Ascending numbers above all others, which are in use: still a heap.
         self._free.extend(range(first, first + self.layout.slab_blocks))
-        if self._on_slab is not None:
-            self._on_slab(slab)
 
 
 class StatePool:

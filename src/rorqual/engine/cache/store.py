@@ -217,10 +217,11 @@ class Store:
                 if self._error is None:
                     self._write(batch)
                     self._shrink()
-            except OSError as error:
-                _log.error("the cache is no longer written to disk: %s", error)
+            except Exception as error:  # whoever waits for the batch must not wait for ever
+                reason = str(error) or repr(error)
+                _log.error("the cache is no longer written to disk: %s", reason)
                 with self._changed:
-                    self._error = str(error)
+                    self._error = reason
             self._done(batch)
         for writer, _ in self._writers.values():
             writer.close()

@@ -59,6 +59,7 @@ std::vector<Segment> segments_from(const Network& network, size_t num_tokens,
     for (size_t i = 0; i < blocks.size(); ++i)
         if (blocks.data()[i] < 0 || blocks.data()[i] >= network.slabs().num_blocks())
             fail("a block id is outside the slabs");
+    const auto num_blocks = static_cast<int64_t>(blocks.size());
     std::vector<Segment> made;
     int64_t row = 0;
     for (size_t s = 0; s < states.size(); ++s) {
@@ -66,8 +67,9 @@ std::vector<Segment> segments_from(const Network& network, size_t num_tokens,
         const int64_t count = n[0], start = n[1], first_block = n[3];
         if (count < 1 || start < 0 || count > static_cast<int64_t>(num_tokens))
             fail("a segment needs one token or more and a start position >= 0");
-        const int64_t need = (start + count + kBlockTokens - 1) / kBlockTokens;
-        if (first_block < 0 || first_block + need > static_cast<int64_t>(blocks.size()))
+        // No sum with `start`: it may be near the end of its type.
+        if (first_block < 0 || first_block > num_blocks ||
+            start > (num_blocks - first_block) * kBlockTokens - count)
             fail("a block table is too short for its segment");
         if (static_cast<int64_t>(states[s].size()) < network.layout().state_nbytes)
             fail("a state is too small");
@@ -112,6 +114,9 @@ void draft(Network& network, In1<int32_t> tokens, In2<int64_t> segments,
     network.draft(tokens.data(), made.data(), static_cast<int64_t>(made.size()), out.data());
 }
 
+// An array as it is: a converted copy would be written to in vain, or be gone after the call.
+auto kept(const char* name) { return nb::arg(name).noconvert(); }
+
 }  // namespace
 
 void bind_network(nb::module_& m) {
@@ -124,9 +129,11 @@ void bind_network(nb::module_& m) {
                     throw nb::value_error("a slab is too small");
                 network.add_slab(slab.data());
             },
-            nb::keep_alive<1, 2>())
-        .def("step", &step)
-        .def("draft", &draft);
+            kept("slab"), nb::keep_alive<1, 2>())
+        .def("step", &step, kept("tokens"), kept("segments"), kept("states"), kept("blocks"),
+             kept("logit_rows"), kept("out"))
+        .def("draft", &draft, kept("tokens"), kept("segments"), kept("states"), kept("blocks"),
+             kept("out"));
 }
 
 }  // namespace rorqual

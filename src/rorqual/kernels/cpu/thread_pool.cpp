@@ -4,7 +4,8 @@
 
 namespace rorqual {
 
-ThreadPool::ThreadPool(int num_threads) {
+// Delegates, so that the destructor joins those that run when the system has no more threads.
+ThreadPool::ThreadPool(int num_threads) : ThreadPool() {
     for (int worker = 1; worker < num_threads; ++worker)
         threads_.emplace_back([this, worker] { loop(worker); });
 }

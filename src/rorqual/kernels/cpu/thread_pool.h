@@ -41,6 +41,8 @@ public:
     }
 
 private:
+    ThreadPool() = default;
+
     using Call = void (*)(const void*, int64_t, int64_t, int);
     void start(int64_t n, int64_t grain, const void* self, Call call);
     void work(int worker);
