@@ -1,0 +1,1 @@
+"""Guest machines under QEMU: kernels, templates, and the microvm substrate."""

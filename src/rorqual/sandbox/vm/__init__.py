@@ -1,0 +1,1 @@
+"""Full virtual machines: any guest disk on a standard PC under QEMU."""
