@@ -1,259 +1,125 @@
-"""Prefill and decode tokens per CPU-second and cache bytes per token, beside peers in one run.
+"""The engine's targets, measured in one run beside the peers that are installed.
 
-    python -m rorqual.bench.engine [--lengths 1024,4096,16384] [--peers transformers] [--csv FILE]
+    python -m rorqual.bench.engine [--parts speed,reuse] [--lengths 1024,4096] [--csv FOLDER]
 
-One thread, one sequence, greedy, the ``tiny`` config with random fp32 weights. Time is the CPU
-time of the whole process, so that a busy machine changes the numbers little; compare numbers of
-one run only. The cache column counts what grows with the context (compressed entries and indexer
-keys), beside the formula of ``model/cost.py``.
+Parts: ``speed`` (one thread, tokens per CPU-second, beside the peers), ``reuse`` (tokens of prompts
+seen before that need no computation), ``streams`` and ``busy`` (wall clock on all cores: they want
+a quiet machine), ``weights`` and ``guesses``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import shlex
-import statistics
-import subprocess
+import os
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from rorqual.bench.peers import PEERS, PREFILL_CHUNK_TOKENS, Measurement, Peer
-from rorqual.engine.engine import Engine, EngineConfig
-from rorqual.engine.request import Request, SamplingParams, TokenOutput
-from rorqual.engine.scheduler import SchedulerLimits
-from rorqual.model.config import TINY
-from rorqual.model.cost import cache_cost
-from rorqual.model.transformer import Transformer
+from rorqual.bench import speed, targets
+from rorqual.bench.behaviour import (
+    BehaviourRow,
+    busy_rows,
+    reuse_rows,
+    stream_rows,
+    weight_rows,
+)
+from rorqual.bench.options import PEERS, add_engine_options
+from rorqual.bench.report import conditions, print_conditions, table, version_of, write_csv
+from rorqual.bench.speculation import speculation_rows
+from rorqual.bench.speed import SpeedRow
+from rorqual.errors import ConfigError
 
-_SEED = 20_261_123
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One engine at one prompt length; medians over the repetitions."""
-
-    engine: str
-    prompt_tokens: int
-    prefill_tokens_per_cpu_s: float
-    decode_tokens_per_cpu_s: float
-    cache_bytes_per_token: float
-    predicted_bytes_per_token: float
-    same_tokens: int
-    """Greedy tokens equal to ours, counted from the start of the answer."""
-    decode_tokens: int
-    repetitions: int
+_SLOW_FROM = 32768
+"""From this length on transformers and flyweight-llm are left out: minutes, and no target."""
 
 
-class RorqualPeer:
-    """This project's engine, measured from outside through its public interface."""
+def run(args: argparse.Namespace, argv: Sequence[str], model: Path | None) -> int:
+    """Measure and print; 0 unless the cache misses its formula, which no busy machine excuses.
 
-    def __init__(self, model: Transformer) -> None:
-        self._model = model
+    model: the trained checkpoint that ``guesses`` asks; without one, that part is left out.
 
-    def run(self, prompt: Sequence[int], num_tokens: int) -> Measurement:
-        """As ``Peer.run``."""
-        limits = SchedulerLimits(max_running=1, max_step_tokens=PREFILL_CHUNK_TOKENS)
-        stamps: list[float] = []
-        cache: list[int] = []
-        with Engine(self._model, EngineConfig(limits=limits, num_threads=1)) as engine:
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    if args.decode_tokens < 3 or args.context < 256:
+        raise ConfigError("--decode-tokens must be >= 3 and --context >= 256")
+    torch.set_num_threads(1)
+    header = conditions(["rorqual", "bench", "engine"], argv)
+    header |= {name: version_of(name) for name in PEERS}
+    print_conditions(header)
+    rows = _speed(args) if "speed" in args.parts else []
+    behaviour = _behaviour(args, model)
+    verdicts = targets.judge(rows, behaviour)
+    if verdicts:
+        _print_table(targets.HEAD, [targets.line(row) for row in verdicts])
+    if args.csv is not None:
+        args.csv.mkdir(parents=True, exist_ok=True)
+        for name, some in (("speed", rows), ("behaviour", behaviour), ("targets", verdicts)):
+            if some:
+                write_csv(args.csv / f"engine_{name}.csv", header, some)
+    return int(any(row.name.startswith("cache off") and not row.is_met for row in verdicts))
 
-            def on_output(output: TokenOutput) -> None:
-                stamps.append(time.process_time())
-                cache.append(engine.stats().compressed_bytes)
 
-            sampling = SamplingParams(max_tokens=num_tokens, temperature=0.0)
-            request = Request(
-                prompt_ids=prompt, sampling=sampling, request_id="bench", on_output=on_output
+def _speed(args: argparse.Namespace) -> list[SpeedRow]:
+    wanted = [name for name in args.peers if name != "none"]
+    rows: list[SpeedRow] = []
+    with speed.workers(wanted, lambda note: print(f"# {note}")) as peers:
+        for length in args.lengths:
+            here = {
+                name: peer
+                for name, peer in peers.items()
+                if length < _SLOW_FROM or name not in ("transformers", "flyweight-llm")
+            }
+            print(f"... {length} tokens", file=sys.stderr, flush=True)
+            rows += speed.measure(
+                here,
+                length,
+                decode_tokens=args.decode_tokens,
+                repetitions=args.repetitions,
             )
-            start = time.process_time()
-            result = engine.submit(request).result()
-        # The last output comes after its state was freed; the one before saw all but one token.
-        return Measurement(
-            prefill_cpu_s=stamps[0] - start,
-            decode_cpu_s=stamps[-1] - stamps[0],
-            cache_bytes=cache[-2],
-            cache_tokens=len(prompt) + num_tokens - 2,
-            token_ids=result.token_ids,
-        )
+    _print_table(speed.HEAD, [speed.line(row) for row in rows])
+    return rows
 
 
-def build_model(seed: int = _SEED) -> Transformer:
-    """The ``tiny`` network with random fp32 weights."""
-    model = Transformer(TINY)
-    model.init_weights(torch.Generator().manual_seed(seed))
-    return model.eval()
-
-
-def measure(
-    peers: dict[str, Peer], length: int, *, decode_tokens: int, repetitions: int
-) -> list[Row]:
-    """Every engine on one random prompt of ``length`` tokens, taking turns; ours comes first."""
-    generator = torch.Generator().manual_seed(length)
-    prompt = torch.randint(TINY.vocab_size, (length,), generator=generator).tolist()
-    runs: dict[str, list[Measurement]] = {name: [] for name in peers}
-    for _ in range(repetitions):
-        for name, peer in peers.items():
-            runs[name].append(peer.run(prompt, decode_tokens + 1))
-    ours = next(iter(runs.values()))[0].token_ids
-    return [_row(name, length, results, ours) for name, results in runs.items()]
-
-
-def _row(name: str, length: int, results: list[Measurement], ours: tuple[int, ...]) -> Row:
-    tokens = results[0].token_ids
-    same = [a == b for a, b in zip(tokens, ours, strict=True)]
-    return Row(
-        engine=name,
-        prompt_tokens=length,
-        prefill_tokens_per_cpu_s=length / statistics.median(r.prefill_cpu_s for r in results),
-        decode_tokens_per_cpu_s=(len(tokens) - 1)
-        / statistics.median(r.decode_cpu_s for r in results),
-        cache_bytes_per_token=results[0].cache_bytes / results[0].cache_tokens,
-        predicted_bytes_per_token=cache_cost(TINY, float_bytes=4).per_token,
-        same_tokens=same.index(False) if False in same else len(same),
-        decode_tokens=len(tokens) - 1,
-        repetitions=len(results),
-    )
-
-
-def conditions(argv: Sequence[str]) -> dict[str, str]:
-    """What a reader needs to repeat the run."""
-    return {
-        "command": shlex.join(["python", "-m", "rorqual.bench.engine", *argv]),
-        "commit": _commit(),
-        "cpu": _cpu(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: _version(name) for name in PEERS},
-        "threads": "1",
-        "date": time.strftime("%Y-%m-%d"),
+def _behaviour(args: argparse.Namespace, model: Path | None) -> list[BehaviourRow]:
+    threads = args.threads or len(os.sched_getaffinity(0))
+    tokens = args.decode_tokens
+    parts: dict[str, Callable[[], list[BehaviourRow]]] = {
+        "reuse": lambda: reuse_rows(args.context),
+        "streams": lambda: stream_rows(8, threads, min(args.context, 4096), 4 * tokens),
+        "busy": lambda: busy_rows(threads, min(args.context, 4096), 4 * tokens),
+        "weights": lambda: weight_rows(min(args.context, 1024), 4 * tokens),
     }
+    if model is not None:
+        parts["guesses"] = lambda: speculation_rows(model)
+    rows: list[BehaviourRow] = []
+    for name, measure in parts.items():
+        if name in args.parts:
+            print(f"... {name}", file=sys.stderr, flush=True)
+            rows += measure()
+    if rows:
+        lines = [(row.name, f"{row.value:.1f}", row.unit, row.detail) for row in rows]
+        _print_table(("", "", "unit", "of"), lines)
+    return rows
+
+
+def _print_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    print(f"\n{table(head, lines)}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from the command line; 0 unless a measured cache misses its formula by over 10 %."""
+    """Run from the command line, without ``guesses``, which needs a checkpoint."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog="python -m rorqual.bench.engine", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--lengths", type=_lengths, default=[1024, 4096, 16384], metavar="N,N")
-    parser.add_argument(
-        "--peers", default="transformers", help=f"comma-separated from: {', '.join(PEERS)}; or none"
-    )
-    parser.add_argument("--decode-tokens", type=int, default=32, help="tokens per decode timing")
-    parser.add_argument("--repetitions", type=int, default=1, help="runs per number (median)")
-    parser.add_argument("--csv", type=Path, help="also write the rows to this file")
-    args = parser.parse_args(argv)
-    wanted = [name for name in args.peers.split(",") if name and name != "none"]
-    if unknown := sorted(set(wanted) - set(PEERS)):
-        parser.error(f"--peers: unknown {unknown[0]!r}; known: {', '.join(PEERS)}")
-    if args.decode_tokens < 2 or args.repetitions < 1:
-        parser.error("--decode-tokens must be >= 2 and --repetitions >= 1")
-    torch.set_num_threads(1)
-    header = conditions(argv)
-    for key, value in header.items():
-        print(f"# {key}: {value}")
-    rows = _measure_all(args.lengths, wanted, args.decode_tokens, args.repetitions)
-    if args.csv is not None:
-        _write_csv(args.csv, header, rows)
-    off = [r for r in rows if r.engine == "rorqual" and not _within_tenth(r)]
-    for row in off:
-        print(
-            f"cache at {row.prompt_tokens}: {row.cache_bytes_per_token:.1f} B/token is more than "
-            f"10 % from the formula's {row.predicted_bytes_per_token:.1f}"
-        )
-    return 1 if off else 0
-
-
-def _measure_all(
-    lengths: list[int], wanted: list[str], decode_tokens: int, repetitions: int
-) -> list[Row]:
-    model = build_model()
-    peers: dict[str, Peer] = {"rorqual": RorqualPeer(model)}
-    for name in wanted:
-        try:
-            peers[name] = PEERS[name](model)
-        except ImportError as error:
-            print(f"# {name} is left out: {error}")
-    print(
-        f"{'engine':<14}{'prompt':>8}{'prefill tok/cpu-s':>19}{'decode tok/cpu-s':>18}"
-        f"{'cache B/token':>15}{'formula':>9}{'same greedy tokens':>20}"
-    )
-    rows: list[Row] = []
-    for length in lengths:
-        for row in measure(peers, length, decode_tokens=decode_tokens, repetitions=repetitions):
-            rows.append(row)
-            same = f"{row.same_tokens}/{row.decode_tokens + 1}"
-            print(
-                f"{row.engine:<14}{row.prompt_tokens:>8}{row.prefill_tokens_per_cpu_s:>19.0f}"
-                f"{row.decode_tokens_per_cpu_s:>18.1f}{row.cache_bytes_per_token:>15.1f}"
-                f"{row.predicted_bytes_per_token:>9.1f}{same:>20}",
-                flush=True,
-            )
-    return rows
-
-
-def _write_csv(path: Path, header: dict[str, str], rows: Sequence[Row]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        for key, value in header.items():
-            file.write(f"# {key}: {value}\n")
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-
-
-def _within_tenth(row: Row) -> bool:
-    predicted = row.predicted_bytes_per_token
-    return abs(row.cache_bytes_per_token - predicted) <= 0.1 * predicted
-
-
-def _lengths(text: str) -> list[int]:
+    add_engine_options(parser)
     try:
-        lengths = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"not a list of token counts: {text!r}") from None
-    if not lengths or min(lengths) < 1:
-        raise argparse.ArgumentTypeError("lengths must be >= 1")
-    return lengths
-
-
-def _commit() -> str:
-    """Short hash of the checkout this file is in, with ``+changes`` where it differs."""
-    try:
-        out = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+changes", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return out.stdout.strip()
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} x{len(names)}" if names else platform.machine()
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+        return run(parser.parse_args(argv), argv, None)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from rorqual.bench.options import add_kernel_options
+from rorqual.errors import ConfigError
 from rorqual.kernels import cpu
 from rorqual.kernels.layout import BLOCK_TOKENS
 from rorqual.model.config import TINY
@@ -225,17 +226,17 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rorqual.bench.kernels", description=__doc__)
-    parser.add_argument("--isa", choices=("scalar", "avx2", "avx512"), help="instead of the best")
-    parser.add_argument("--contexts", default="1024,4096,16384", metavar="N,N")
-    parser.add_argument("--seconds", type=float, default=0.6, help="CPU time per kernel")
-    parser.add_argument("--csv", type=Path, metavar="FILE")
-    options = parser.parse_args(argv)
+def run(args: argparse.Namespace) -> int:
+    """Measure and print.
+
+    Raises:
+        ConfigError: this machine lacks the instructions asked for.
+        NativeMissingError: the kernels were not built.
+    """
     native = cpu.native()
-    if options.isa and not native.set_isa(options.isa):
-        parser.error(f"this machine has no {options.isa}")
-    limits = machine(options.seconds)
+    if args.isa and not native.set_isa(args.isa):
+        raise ConfigError(f"this machine has no {args.isa}")
+    limits = machine(args.seconds)
     print(
         f"{native.isa()}; one core: {limits.flops / 1e9:.0f} GFLOP/s in numpy's product, "
         f"{limits.bytes / 1e9:.1f} GB/s reading"
@@ -243,15 +244,25 @@ def main(argv: Sequence[str]) -> int:
     rows = [
         *product_rows(native, limits),
         *stream_rows(native, limits),
-        *network_rows(limits, [int(n) for n in options.contexts.split(",")]),
+        *network_rows(limits, args.contexts),
     ]
     print(table(rows))
-    if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
+    if args.csv:
+        with args.csv.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(asdict(rows[0])))
             writer.writeheader()
             writer.writerows(asdict(row) for row in rows)
     return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m rorqual.bench.kernels", description=__doc__)
+    add_kernel_options(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

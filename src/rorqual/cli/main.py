@@ -13,10 +13,10 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rorqual import __version__
-from rorqual.cli import chat, convert, cost, generate, inspect, keys, sandbox, serve, train
+from rorqual.cli import bench, chat, convert, cost, generate, inspect, keys, sandbox, serve, train
 from rorqual.errors import RorqualError
 
-_SUBCOMMANDS = (serve, keys, chat, generate, inspect, cost, convert, train, sandbox)
+_SUBCOMMANDS = (serve, keys, chat, generate, inspect, cost, bench, convert, train, sandbox)
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""

@@ -1,0 +1,70 @@
+"""``rorqual bench``: speed, memory and cache of the engine, measured here and now."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from rorqual.bench.options import add_engine_options, add_kernel_options, add_long_options
+from rorqual.cli.models import DEFAULT_MODEL, available_models, resolve_model
+
+_TINY = "tiny"
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the subcommand and its benchmarks."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="measure the engine: against its targets, kernel by kernel, over a long context",
+        description="Measure the native engine. Numbers of one run are comparable, others hardly.",
+    )
+    kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    _add(kinds, "engine", "the targets, beside other engines", _engine, add_engine_options)
+    _add(kinds, "kernels", "each kernel beside its bound", _kernels, add_kernel_options)
+    long = _add(kinds, "long", "one long context, and a restart", _long, add_long_options)
+    long.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"checkpoint directory, built-in model name, or {_TINY}: random weights "
+        "(default: %(default)s)",
+    )
+
+
+def _add(
+    kinds: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    run: Callable[[argparse.Namespace], int],
+    add_options: Callable[[argparse.ArgumentParser], None],
+) -> argparse.ArgumentParser:
+    parser = kinds.add_parser(name, help=text, description=f"Measure {text}.")
+    parser.set_defaults(run=run)
+    add_options(parser)
+    return parser
+
+
+def _engine(args: argparse.Namespace) -> int:
+    from rorqual.bench.engine import run
+
+    model = resolve_model(DEFAULT_MODEL) if DEFAULT_MODEL in available_models() else None
+    return run(args, _words("engine"), model)
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from rorqual.bench.kernels import run
+
+    return run(args)
+
+
+def _long(args: argparse.Namespace) -> int:
+    from rorqual.bench.long import run
+
+    model = None if args.model == _TINY else resolve_model(args.model)
+    return run(args, _words("long"), model)
+
+
+def _words(name: str) -> list[str]:
+    """What the user wrote after the benchmark's name, to print beside the numbers."""
+    words = sys.argv[1:]
+    return words[words.index(name) + 1 :] if name in words else []
