@@ -7,6 +7,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 MODEL ?= nano-flash
 MINUTES ?= 30
+JOBS ?= 2
 
 NATIVE := $(wildcard src/rorqual/kernels/cpu/*.cpp src/rorqual/kernels/cpu/*.h) \
 	src/rorqual/kernels/cpu/CMakeLists.txt
@@ -36,9 +37,9 @@ serve: install ## serve MODEL (nano-flash) on HOST:PORT
 chat: install ## talk to MODEL in the terminal
 	$(BIN)/rorqual chat $(MODEL)
 
-test: $(VENV)/.installed-test ## run every test but the heavy sandbox ones
+test: $(VENV)/.installed-test ## run every test but the heavy sandbox ones, in JOBS (2) processes
 	@$(BIN)/rorqual sandbox install || echo 'Going on: tests of what is missing are skipped by name.'
-	$(BIN)/python -m pytest -rs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n $(JOBS) --dist loadgroup
 
 test-sandbox: $(VENV)/.installed-test ## run the heavy sandbox tests: crash, leak, escape, gVisor
 	@$(BIN)/rorqual sandbox install || echo 'Going on: tests of what is missing are skipped by name.'
