@@ -12,7 +12,7 @@ from rorqual.protocol.tokenizer import Tokenizer
 from rorqual.train.batches import BatchMaker, BatchState, Prefetcher
 from rorqual.train.conversation import Encoded
 from rorqual.train.losses import mtp_targets
-from rorqual.train.packing import NO_TARGET, Pack, first_fit, pack
+from rorqual.train.packing import NO_TARGET, Pack, first_fit, pack, target_weights
 
 from .conftest import EASY, HARD
 
@@ -161,3 +161,23 @@ def test_every_process_gets_a_row_even_where_one_fills_the_step(tokenizer: Token
     row = EASY.max_sample_tokens
     maker = BatchMaker(tokenizer, seed=5, tokens_per_step=row, min_rows=2)
     assert maker.make(EASY).pack.batch.tokens_BT.shape == (2, row)
+
+
+def test_first_answers_and_refusals_count_more_and_only_in_their_own_tokens() -> None:
+    answer = np.array([-1, -1, 0, 0, -1, 1, -1, 2], dtype=np.int32)
+    sample = Encoded(
+        task="evidence",
+        tokens=np.arange(8, dtype=np.int32),
+        answer=answer,
+        kinds=("evidence", "evidence", "absent"),
+    )
+    weight = target_weights(sample)
+    assert weight[2] == weight[3] > 1
+    assert weight[7] > 1
+    assert weight[[0, 1, 4, 5, 6]].tolist() == [1] * 5
+    (made, _) = pack([sample], num_rows=1, row_tokens=ALIGNMENT, pad_id=PAD)
+    weight_T, targets_T = made.batch.weight_BT, made.batch.targets_BT
+    assert weight_T is not None
+    for at in range(7):  # a place is weighted as the token it predicts
+        if targets_T[0, at] != NO_TARGET:
+            assert weight_T[0, at] == weight[at + 1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,17 @@ def test_the_total_is_the_weighted_sum_of_its_parts() -> None:
         for i in (targets != NO_TARGET).nonzero().flatten()
     ]
     assert losses.main == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
+
+
+def test_weights_of_targets_change_the_total_and_not_what_is_reported() -> None:
+    model = small_model(SMALL.replace(vocab_size=VOCAB))
+    pack = random_batch().pack
+    weights = LossWeights(mtp=0.0, balance=0.0, indexer=0.0)
+    plain = compute_losses(model, replace(pack.batch, weight_BT=None), pack.task_BT, weights)
+    double = replace(pack.batch, weight_BT=torch.full(pack.batch.tokens_BT.shape, 2.0))
+    losses = compute_losses(model, double, pack.task_BT, weights)
+    assert losses.main == pytest.approx(plain.main)
+    assert float(losses.total.detach()) == pytest.approx(2 * plain.main)
 
 
 def test_a_step_that_is_not_finite_leaves_the_model_alone() -> None:

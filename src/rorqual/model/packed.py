@@ -16,7 +16,7 @@ ALIGNMENT = math.lcm(4, 128)
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B rows of T tokens (T a multiple of ``ALIGNMENT``); all int64 [B, T]."""
+    """B rows of T tokens (T a multiple of ``ALIGNMENT``); [B, T], int64."""
 
     tokens_BT: Tensor
     targets_BT: Tensor
@@ -25,6 +25,8 @@ class PackedBatch:
     """Sample number within the row, >= 0; -1 for padding."""
     position_BT: Tensor
     """Position within the sample, from 0."""
+    weight_BT: Tensor | None = None
+    """How much the loss at each target counts, float32; None for 1."""
 
     def to(self, device: str) -> PackedBatch:
         """The same batch on ``device``."""
@@ -33,6 +35,7 @@ class PackedBatch:
             self.targets_BT.to(device),
             self.sample_BT.to(device),
             self.position_BT.to(device),
+            None if self.weight_BT is None else self.weight_BT.to(device),
         )
 
 

@@ -89,6 +89,10 @@ FRAMES = (
     "Question: {q}\n\nDocument:\n{d}",
     "{q}\n\n{d}",
 )
+_QUESTION_FIRST = FRAMES[-2:]
+_QUESTION_FIRST_SHARE = 0.25
+"""Of training documents, on top of their part of ``FRAMES``: the harder order, which only the first
+of a document's questions has."""
 
 FOLLOW_UPS = ("{q}", "{q}", "Question: {q}", "And now: {q}")
 
@@ -228,7 +232,10 @@ def make_dialogue(
         missing = draw_absent(rng, document, split) if rng.random() < _ABSENT_SHARE else None
         entity, attribute = missing or (fact.entity, fact.attribute)
         question = ask(rng, entity, attribute)
-        frame = rng.choice(FRAMES if index == 0 else FOLLOW_UPS)
+        frames: tuple[str, ...] = FRAMES if index == 0 else FOLLOW_UPS
+        if index == 0 and split == "train" and rng.random() < _QUESTION_FIRST_SHARE:
+            frames = _QUESTION_FIRST
+        frame = rng.choice(frames)
         turns.append(
             Turn(
                 kind="absent" if missing else "evidence",

@@ -29,7 +29,7 @@ class Losses:
 
     total: Tensor
     main: float
-    """Mean cross entropy in nats per token that must be generated."""
+    """Mean cross entropy in nats per token that must be generated, each counted once."""
     by_task: dict[str, float]
     """The same per task that occurs in the batch."""
     mtp: float
@@ -63,7 +63,8 @@ def compute_losses(
     where = batch.targets_BT != NO_TARGET
     token_loss = _cross_entropy(model, out.hidden_BTD, batch.targets_BT, where)
     main = token_loss.mean()
-    total = main
+    weighted = token_loss if batch.weight_BT is None else token_loss * batch.weight_BT[where]
+    total = weighted.mean()
     mtp = torch.zeros(())
     if out.mtp_hidden_BTD is not None and weights.mtp > 0:
         further = mtp_targets(batch)

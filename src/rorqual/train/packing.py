@@ -11,11 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from rorqual.model.packed import ALIGNMENT, PackedBatch
 from rorqual.train.conversation import TASKS, Encoded
 
 NO_TARGET = -100
+_FIRST_TURN_WEIGHT = 3.0
+"""Of the first answer about a document: it has no other answer to follow, and is one of many."""
+_ABSENT_WEIGHT = 4.0
+"""Of saying that something is not stated: a few tokens, of which the first decides."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +73,16 @@ def first_fit(sizes: Sequence[int], num_rows: int, capacity: int) -> list[tuple[
     return places
 
 
+def target_weights(sample: Encoded) -> NDArray[np.float32]:
+    """How much the loss counts at each of ``sample``'s tokens, [T]."""
+    of_turn = [
+        (_FIRST_TURN_WEIGHT if turn == 0 and kind in ("evidence", "absent") else 1.0)
+        * (_ABSENT_WEIGHT if kind == "absent" else 1.0)
+        for turn, kind in enumerate(sample.kinds)
+    ]
+    return np.array([*of_turn, 1.0], dtype=np.float32)[sample.answer]  # -1, no answer: the last
+
+
 def pack(
     samples: Sequence[Encoded], *, num_rows: int, row_tokens: int, pad_id: int
 ) -> tuple[Pack, list[Encoded]]:
@@ -84,6 +99,7 @@ def pack(
     owner = np.full(shape, -1, dtype=np.int64)
     position = np.zeros(shape, dtype=np.int64)
     task = np.zeros(shape, dtype=np.int64)
+    weight = np.ones(shape, dtype=np.float32)
     num_in_row = [0] * num_rows
     placed: list[Placed] = []
     rest: list[Encoded] = []
@@ -100,6 +116,7 @@ def pack(
         owner[row, at] = num_in_row[row]
         position[row, at] = np.arange(len(sample))
         task[row, at] = TASKS.index(sample.task)
+        weight[row, start : start + len(sample) - 1] = target_weights(sample)[1:]
         num_in_row[row] += 1
         placed.append(Placed(row=row, offset=start, sample=sample))
     batch = PackedBatch(
@@ -107,5 +124,6 @@ def pack(
         targets_BT=torch.from_numpy(targets),
         sample_BT=torch.from_numpy(owner),
         position_BT=torch.from_numpy(position),
+        weight_BT=torch.from_numpy(weight),
     )
     return Pack(batch=batch, placed=tuple(placed), task_BT=torch.from_numpy(task)), rest

@@ -133,7 +133,11 @@ def _split(
         if count == 0:
             continue
         part = PackedBatch(
-            batch.tokens_BT[rows], targets_BT[rows], batch.sample_BT[rows], batch.position_BT[rows]
+            batch.tokens_BT[rows],
+            targets_BT[rows],
+            batch.sample_BT[rows],
+            batch.position_BT[rows],
+            None if batch.weight_BT is None else batch.weight_BT[rows],
         )
         parts.append(_Part(batch=part, task_BT=task_BT[rows], weights=weights, share=count / total))
     return parts
