@@ -12,7 +12,8 @@ JOBS ?= 2
 NATIVE := $(wildcard src/rorqual/kernels/cpu/*.cpp src/rorqual/kernels/cpu/*.h) \
 	src/rorqual/kernels/cpu/CMakeLists.txt
 
-.PHONY: help install serve chat test test-sandbox sandbox-tools check format bench soak clients clean
+.PHONY: help install serve chat test test-tools test-sandbox sandbox-tools check format bench soak \
+	clients clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -37,13 +38,18 @@ serve: install ## serve MODEL (nano-flash) on HOST:PORT
 chat: install ## talk to MODEL in the terminal
 	$(BIN)/rorqual chat $(MODEL)
 
-test: $(VENV)/.installed-test ## run every test but the heavy sandbox ones, in JOBS (2) processes
-	@$(BIN)/rorqual sandbox install || echo 'Going on: tests of what is missing are skipped by name.'
+test: test-tools ## run every test but the heavy sandbox ones, in JOBS (2) processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n $(JOBS) --dist loadgroup
 
-test-sandbox: $(VENV)/.installed-test ## run the heavy sandbox tests: crash, leak, escape, gVisor
-	@$(BIN)/rorqual sandbox install || echo 'Going on: tests of what is missing are skipped by name.'
+test-sandbox: test-tools ## run the heavy sandbox tests: crash, leak, escape, gVisor
 	$(BIN)/python -m pytest tests/sandbox -rs -m 'sandbox or not sandbox'
+
+# Whatever is not there and cannot be installed here is a skipped test with a reason.
+test-tools: $(VENV)/.installed-test ## install what tests use beside Python: sandboxes, browser, clients
+	@$(BIN)/rorqual sandbox install || echo 'Going on without some of the sandbox tools.'
+	@command -v chromium chromium-browser > /dev/null || apt-get install -qq chromium \
+		|| echo 'Going on without Chromium.'
+	@$(MAKE) --no-print-directory clients || echo 'Going on without Claude Code, Codex and OpenCode.'
 
 sandbox-tools: $(VENV)/.installed-test ## install the Debian packages sandboxes use (as root)
 	$(BIN)/rorqual sandbox install
@@ -65,10 +71,13 @@ soak: $(VENV)/.installed-test ## MINUTES (30) of mixed load, hang-ups and malfor
 
 CLIENTS := @anthropic-ai/claude-code@2.1.330 @openai/codex@0.169.0 opencode-ai@1.18.33
 
-clients: ## install Claude Code, Codex and OpenCode from npm into .clients, for tests/clients
+clients: .clients/.installed ## install Claude Code, Codex and OpenCode from npm into .clients
+
+.clients/.installed: Makefile
 	mkdir -p .clients
 	test -f .clients/package.json || echo '{"private": true}' > .clients/package.json
 	npm install --prefix .clients --no-audit --no-fund $(CLIENTS)
+	@touch $@
 
 clean: ## remove the virtual environment, builds and caches
 	rm -rf $(VENV) .clients build .mypy_cache .ruff_cache .pytest_cache
