@@ -331,7 +331,9 @@ def rotary_frequencies(
     ``original_length`` keep their frequency, those under ``beta_slow`` are divided by ``factor``,
     with a linear ramp between.
     """
-    pair = torch.arange(dim // 2, dtype=torch.float64)
+    # On the CPU even inside `with torch.device("meta")`: the values are computed, never loaded, and
+    # on meta this one call would import torch's compiler, a second of every start.
+    pair = torch.arange(dim // 2, dtype=torch.float64, device="cpu")
     freq = theta ** (-2.0 * pair / dim)
     if factor == 1.0:
         return freq

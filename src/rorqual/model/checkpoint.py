@@ -27,7 +27,6 @@ from rorqual.model.layout import (
     official_tensors,
     tensor_table,
 )
-from rorqual.model.rope import RotaryTable
 from rorqual.model.shards import (
     CONFIG_FILE,
     DEFAULT_MAX_SHARD_BYTES,
@@ -183,9 +182,6 @@ def load_model(
         config = config.replace(numerics=numerics)
     with torch.device("meta"):
         model = Transformer(config)
-    # Computed, not stored, so the checkpoint cannot fill them.
-    for rope, compressing in ((model.rope_plain, False), (model.rope_compressing, True)):
-        rope.frequencies = RotaryTable(config, compressing=compressing).frequencies
     total = sum(spec.nbytes for spec in checkpoint.specs)
     state: dict[str, Tensor] = {}
     done = 0
