@@ -55,7 +55,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "swerex",
     },
     "qualify": {"aiohttp"},
-    "server": {"starlette", "uvicorn", "anyio", "msgspec", "prometheus_client"},
+    "server": {"starlette", "uvicorn", "httptools", "anyio", "msgspec", "prometheus_client"},
     "train": {"torch", "numpy", "deepseek_recipe", "rich", "matplotlib"},
     "testing": {"torch", "numpy"},
     "bench": {

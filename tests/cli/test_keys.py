@@ -24,7 +24,19 @@ def test_created_key_is_alone_on_stdout_and_works(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["create", "ci", "--models", "a, b", "--modes", "think,non-think"]
-    assert keys(file, *argv, "--requests-per-minute", "60", "--concurrent", "4") == 0
+    assert (
+        keys(
+            file,
+            *argv,
+            "--requests-per-minute",
+            "60",
+            "--tokens-per-minute",
+            "9000",
+            "--concurrent",
+            "4",
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     text = out.removesuffix("\n")
     assert text not in err
@@ -35,6 +47,7 @@ def test_created_key_is_alone_on_stdout_and_works(
     assert key.permissions.models == {"a", "b"}
     assert key.permissions.modes == {"think", "non-think"}
     assert (key.permissions.requests_per_minute, key.permissions.max_concurrent) == (60, 4)
+    assert key.permissions.tokens_per_minute == 9000
     assert key.permissions.expires_at is None
 
 

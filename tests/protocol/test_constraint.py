@@ -372,3 +372,101 @@ def test_what_cannot_be_enforced_is_left_to_a_lenient_tool_and_refused_for_a_str
     with pytest.raises(RequestError) as caught:
         build_constraint(tokenizer, tools=[tool], thinking=False)
     assert caught.value.param == "tools[0].function.parameters.properties.a"
+
+
+ITSELF = {"$ref": "#/properties/a"}
+DEEPER = {
+    f"d{i}": {"type": "object", "allOf": [{"$ref": f"#/$defs/d{i + 1}"}] * 30} for i in range(8)
+}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": {"a": {"anyOf": [ITSELF, {"type": "string"}]}}, "required": ["a"]},
+        {"properties": {"a": {"anyOf": [{"anyOf": [{"type": "string"}] * 30}] * 30}}},
+        {"anyOf": [{"$ref": "#"}] * 30},
+        {"allOf": [{"$ref": "#"}] * 30},
+        {"allOf": [{"$ref": "#/$defs/d0"}], "$defs": {**DEEPER, "d8": {"type": "object"}}},
+    ],
+    ids=["itself-or-text", "wide", "any-of-itself", "all-of-itself", "deep"],
+)
+def test_a_schema_that_multiplies_is_read_in_bounded_work(
+    tokenizer: Tokenizer, parameters: dict[str, Any]
+) -> None:
+    tools = [function(type="object", **parameters)]
+    spec = build_constraint(tokenizer, tools=tools, tool_choice="required", thinking=False)
+    assert spec is not None
+    assert len(spec.answer or "") in range(1, 20_000)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        ITSELF,
+        {"anyOf": [ITSELF] * 8},
+        {"type": "array", "items": {"$ref": "#/$defs/x"}},
+        {"type": "object", "properties": {"b": {"allOf": [{"$ref": "#/$defs/y"}]}}},
+    ],
+    ids=["itself", "alternatives", "items", "two-together"],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_part_that_is_nothing_but_itself_is_refused_before_anything_runs(
+    tokenizer: Tokenizer, part: dict[str, Any], strict: bool
+) -> None:
+    definitions = {
+        "x": {"oneOf": [{"$ref": "#/$defs/x"}]},
+        "y": {"$ref": "#/$defs/z"},
+        "z": {"description": "y again", "$ref": "#/$defs/y"},
+    }
+    schema = {"type": "object", "properties": {"a": part}, "$defs": definitions}
+    tool = function(**schema)
+    tool["function"]["strict"] = strict
+    with pytest.raises(RequestError, match="nothing but itself") as caught:
+        build_constraint(tokenizer, tools=[tool], thinking=False)
+    assert caught.value.param == "tools[0].function.parameters.properties.a"
+    wanted = {"type": "json_schema", "json_schema": {"schema": schema, "strict": strict}}
+    with pytest.raises(RequestError, match="nothing but itself"):
+        build_constraint(tokenizer, response_format=wanted, thinking=False)
+    schema["properties"] = {"a": {"type": "string"}}  # then nothing leads there
+    tool["function"]["parameters"] = schema
+    assert build_constraint(tokenizer, tools=[tool], thinking=False)
+
+
+def test_alternatives_of_an_alternative_are_written_raw(tokenizer: Tokenizer) -> None:
+    unit = {"anyOf": [{"const": "C"}, {"oneOf": [{"const": "F"}, {"type": "integer"}]}]}
+    tools = [function(type="object", properties={"unit": unit})]
+    spec = build_constraint(tokenizer, tools=tools, tool_choice="required", thinking=False)
+    for value, is_string, is_right in [("F", True, True), ("7", False, True), ("K", True, False)]:
+        block = call("f", parameter("unit", value, is_string))
+        text = f"\n\n<{DSML}tool_calls>\n{block}\n</{DSML}tool_calls>"
+        refused = refused_at(tokenizer, spec, encoded(tokenizer, text))
+        assert (refused is None) == is_right, value
+
+
+def test_tools_whose_references_add_up_are_refused(tokenizer: Tokenizer) -> None:
+    many = {
+        f"p{i}": {"type": "array", "items": {"$ref": "#/$defs/x"}, "maxItems": i + 1}
+        for i in range(40)
+    }
+    shared = {"x": {"type": "string"}, "large": {"enum": ["x" * 500_000]}}
+    tools = [function(type="object", properties=many, **{"$defs": shared})]
+    with pytest.raises(RequestError, match="too large"):
+        build_constraint(tokenizer, tools=tools, thinking=False)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "problem"),
+    [
+        ({"type": "regex", "regex": r"[^\s\S]"}, "no answer is valid"),
+        ({"type": "regex", "regex": "(a{1000}){1000}"}, "cannot be enforced"),
+    ],
+    ids=["nothing", "too-much"],
+)
+def test_a_format_nothing_can_follow_is_refused_before_it_runs(
+    tokenizer: Tokenizer, wanted: dict[str, Any], problem: str
+) -> None:
+    for _ in range(2):
+        with pytest.raises(RequestError, match=problem) as failure:
+            build_constraint(tokenizer, response_format=wanted, thinking=False)
+        assert failure.value.param == "response_format"

@@ -127,7 +127,7 @@ Ask = Callable[[Mapping[str, Any]], Callable[[], Reply]]
 
 
 @contextmanager
-def serving(model: FakeModel, *, parallel_tool_calls: bool = True) -> Iterator[Ask]:
+def serving(model: FakeModel) -> Iterator[Ask]:
     """An engine to ask; each question returns at once, its result waits for the answer."""
     with Engine(TorchBackend(model)) as engine:
 
@@ -135,9 +135,7 @@ def serving(model: FakeModel, *, parallel_tool_calls: bool = True) -> Iterator[A
             rest = dict(fields)
             seed, max_tokens = rest.pop("seed", 0), rest.pop("limit", 600)
             request = render(rest)
-            constraint = constraint_of(
-                request, TOKENIZER, CARD.generation, parallel_tool_calls=parallel_tool_calls
-            )
+            constraint = constraint_of(request, TOKENIZER, CARD.generation)
             handle = submit(engine, constraint, seed=seed, max_tokens=max_tokens)
 
             def result() -> Reply:

@@ -116,8 +116,9 @@ def test_one_call_only_where_parallel_calls_are_off_or_a_tool_is_named() -> None
     tools = [tool(rng, "first"), tool(rng, "second-tool")]
     named = {"type": "function", "function": {"name": "second-tool"}}
     for choice, parallel in (("required", False), (named, True)):
-        with serving(Babbler(TALKER), parallel_tool_calls=parallel) as ask:
+        with serving(Babbler(TALKER)) as ask:
             fields = {"tools": tools, "tool_choice": choice, "limit": 4000}
+            fields["parallel_tool_calls"] = parallel
             for mode in (THINKING, NOT_THINKING):
                 results = [ask({**fields, **mode, "seed": seed}) for seed in range(6)]
                 for reply in [result() for result in results]:
@@ -247,10 +248,8 @@ def test_nano_flash_calls_a_tool_well_formed_every_time() -> None:
         waiting = []
         for seed in range(6):
             fields = {"messages": [message], "tools": tools, "tool_choice": "required"}
-            request = render({**fields, **NOT_THINKING})
-            constraint = constraint_of(
-                request, TOKENIZER, CARD.generation, parallel_tool_calls=False
-            )
+            request = render({**fields, **NOT_THINKING, "parallel_tool_calls": False})
+            constraint = constraint_of(request, TOKENIZER, CARD.generation)
             sampling = SamplingParams(
                 max_tokens=150,
                 temperature=0.2 * seed,

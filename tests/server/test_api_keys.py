@@ -6,6 +6,7 @@ import dataclasses
 import sqlite3
 import stat
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def test_key_is_stored_without_its_secret_for_its_owner_only(path: Path) -> None
         models=frozenset({"a", "b"}),
         modes=frozenset({"think"}),
         requests_per_minute=5,
+        tokens_per_minute=700,
         max_concurrent=2,
         expires_at=time.time() + 60,
     )
@@ -135,3 +137,14 @@ def test_ring_refuses_everybody_once_the_file_cannot_be_read(path: Path) -> None
         now[0] = 5.0
         with pytest.raises(ConfigError, match="cannot be used"):
             ring.find(text)
+
+
+def test_a_file_from_before_there_was_a_limit_of_tokens_is_still_good(tmp_path: Path) -> None:
+    with KeyStore(tmp_path / "keys") as store:
+        _, text = store.create("ci", Permissions(requests_per_minute=5))
+    with closing(sqlite3.connect(tmp_path / "keys")) as database:
+        database.execute("ALTER TABLE keys DROP COLUMN tokens_per_minute")
+    with KeyStore(tmp_path / "keys") as store:
+        key = KeyRing(store).find(text)
+    assert key is not None
+    assert key.permissions == Permissions(requests_per_minute=5)

@@ -69,6 +69,52 @@ def stream_of(url: str) -> Iterator[IO[bytes]]:
         yield response
 
 
+# ---- offers of another protocol ---------------------------------------------------------------
+OFFERS = {
+    "as Java's client": [
+        "Connection: Upgrade, HTTP2-Settings",
+        "Upgrade: h2c",
+        "HTTP2-Settings: A",
+    ],
+    "websocket": ["Upgrade: websocket", "Connection: upgrade", "Sec-WebSocket-Version: 13"],
+}
+
+
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS)
+@pytest.mark.parametrize("packet", [1, 7, 10_000])
+def test_a_request_that_offers_another_protocol_is_served_with_its_body(
+    tokenizer: Tokenizer,
+    nano_card: ModelCard,
+    on_socket: Callable[[Application], str],
+    offer: list[str],
+    packet: int,
+) -> None:
+    engine = ScriptedEngine(tokenizer, "ok")
+    url = on_socket(create_app(engine, tokenizer, nano_card))
+    plain = request_of(BODY)
+    lines = "".join(f"{line}\r\n" for line in offer).encode()
+    offering = plain.replace(b"Host: x\r\n", b"Host: x\r\n" + lines)
+    sent = offering + plain + offering
+    with connect(url) as connection:
+        for start in range(0, len(sent), packet):
+            connection.sendall(sent[start : start + packet])
+        received = b""
+        while received.count(b'"usage"') < 3:
+            received += connection.recv(65_536)
+    assert received.count(b"HTTP/1.1 200 OK") == 3
+    assert len({request.prompt_ids for request in engine.requests}) == 1
+
+
+def test_this_is_no_proxy(
+    tokenizer: Tokenizer, nano_card: ModelCard, on_socket: Callable[[Application], str]
+) -> None:
+    url = on_socket(create_app(ScriptedEngine(tokenizer, "ok"), tokenizer, nano_card))
+    with connect(url) as connection:
+        connection.sendall(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org\r\n\r\n")
+        status, _ = error_of(everything(connection))
+    assert status == 400
+
+
 # ---- clients that hold things up --------------------------------------------------------------
 def test_a_reader_that_stops_reading_is_dropped_and_its_generation_cancelled(
     tokenizer: Tokenizer,

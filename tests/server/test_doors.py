@@ -8,6 +8,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +164,69 @@ def test_requests_per_minute_with_headers_that_say_so(
     assert "x-ratelimit-limit-requests" not in unlimited.headers
 
 
+def test_tokens_per_minute_are_paid_for_when_an_answer_ends(
+    engine: ScriptedEngine, tokenizer: Tokenizer, nano_card: ModelCard, store: KeyStore
+) -> None:
+    app = guarded(engine, tokenizer, nano_card, store)
+    usage = ask(app, bearer(store.create("other", Permissions())[1])).json()["usage"]
+    limit = usage["total_tokens"] + 1
+    _, text = store.create("ci", Permissions(tokens_per_minute=limit))
+    first, second, third = (ask(app, bearer(text)) for _ in range(3))
+    assert first.headers["x-ratelimit-limit-tokens"] == str(limit)
+    assert first.headers["x-ratelimit-remaining-tokens"] == str(limit)
+    assert second.status_code == 200  # a token is left: it may overdraw
+    assert second.headers["x-ratelimit-remaining-tokens"] in ("1", "2")
+    assert third.status_code == 429
+    assert f"{limit} tokens per minute" in third.json()["error"]["message"]
+    assert 30 <= int(third.headers["retry-after"]) <= 61
+    assert "x-ratelimit-limit-requests" not in third.headers
+
+
+def test_tokens_of_a_client_that_left_are_paid_for_too(
+    tokenizer: Tokenizer, nano_card: ModelCard, store: KeyStore
+) -> None:
+    engine = ScriptedEngine(tokenizer, Script(text="a b c", hold_after=2))
+    app = guarded(engine, tokenizer, nano_card, store)
+    _, text = store.create("ci", Permissions(tokens_per_minute=1))
+
+    async def leave() -> None:
+        left = asyncio.create_task(post_raw(app, [(b"x-api-key", text.encode())]))
+        while not engine.handles:
+            await asyncio.sleep(0.001)
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+
+    asyncio.run(leave())
+    assert engine.wait_idle(20)
+    assert ask(app, bearer(text)).status_code == 429
+
+
+def test_limits_are_told_to_clients_of_messages_in_their_words(
+    engine: ScriptedEngine, tokenizer: Tokenizer, nano_card: ModelCard, store: KeyStore
+) -> None:
+    app = guarded(engine, tokenizer, nano_card, store)
+    _, text = store.create("ci", Permissions(requests_per_minute=1, tokens_per_minute=900))
+    answers = [call(app, "POST", MESSAGES, json=QUESTION, headers=bearer(text)) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 429]
+    for answer in answers:
+        assert answer.headers["anthropic-ratelimit-requests-limit"] == "1"
+        assert answer.headers["anthropic-ratelimit-requests-remaining"] == "0"
+        assert answer.headers["anthropic-ratelimit-tokens-limit"] == "900"
+        for kind in ("requests", "tokens"):
+            reset = answer.headers[f"anthropic-ratelimit-{kind}-reset"]
+            assert datetime.fromisoformat(reset).tzinfo is not None
+        assert "x-ratelimit-limit-requests" not in answer.headers
+
+
 def test_bucket_refills_at_its_rate_and_never_overflows() -> None:
-    bucket = Bucket(tokens=0.0, updated_at=0.0)
+    bucket = Bucket(left=0.0, updated_at=0.0)
     assert bucket.wait_s(60) == 1.0
     bucket.refill(60, now=0.25)
     assert bucket.wait_s(60) == pytest.approx(0.75)
     bucket.refill(60, now=1.0)
     assert bucket.wait_s(60) == 0.0
     bucket.refill(60, now=1e6)
-    assert bucket.tokens == 60
+    assert bucket.left == 60
 
 
 async def post_raw(app: Application, headers: list[tuple[bytes, bytes]]) -> int:
@@ -342,7 +397,7 @@ def test_other_origins_are_kept_out_unless_listed(
     }
     closed = create_app(engine, tokenizer, nano_card)
     response = call(closed, "OPTIONS", CHAT, headers=preflight)
-    assert response.status_code == 405
+    assert response.status_code == 403
     assert "access-control-allow-origin" not in response.headers
     opened = guarded(engine, tokenizer, nano_card, store, cors_origins=["https://app.example"])
     allowed = call(opened, "OPTIONS", CHAT, headers=preflight)
@@ -355,6 +410,37 @@ def test_other_origins_are_kept_out_unless_listed(
         opened, "OPTIONS", CHAT, headers={**preflight, "Origin": "https://evil.example"}
     )
     assert stranger.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "status"),
+    [
+        ("https://evil.example", "127.0.0.1:8000", 403),
+        ("http://evil.example:8000", "evil.example:8000", 403),  # a name made to mean 127.0.0.1
+        ("null", "127.0.0.1:8000", 403),
+        ("http://127.0.0.1:9", "127.0.0.1:8000", 403),
+        ("http://127.0.0.1:8000", "127.0.0.1:8000", 200),
+        ("http://[::1]:8000", "[::1]:8000", 200),
+        ("http://localhost:8000", "localhost:8000", 200),
+        ("https://app.example", "127.0.0.1:8000", 200),
+        ("vscode-file://vscode-app", "127.0.0.1:8000", 200),
+        ("http://[", "[", 403),
+    ],
+)
+def test_without_keys_pages_of_other_origins_cannot_keep_the_model_busy(
+    engine: ScriptedEngine,
+    tokenizer: Tokenizer,
+    nano_card: ModelCard,
+    origin: str,
+    host: str,
+    status: int,
+) -> None:
+    app = create_app(engine, tokenizer, nano_card, cors_origins=["https://app.example/"])
+    answered = ask(app, {"Origin": origin, "Host": host, "Content-Type": "text/plain"})
+    assert answered.status_code == status
+    if status == 403:
+        assert f"--cors-origin {origin} " in answered.json()["error"]["message"]
+    assert len(engine.requests) == (status == 200)
 
 
 # ---- logs and metrics -------------------------------------------------------------------------

@@ -149,6 +149,12 @@ def test_malformed_json_is_told_where(
     assert words in error["message"]
 
 
+ADDING = {
+    "role": "system",
+    "content": [
+        {"type": "tool_addition", "tool": {"definition": {"name": "g", "input_schema": {}}}}
+    ],
+}
 WRONG: list[tuple[Wire, dict[str, Any], str]] = [
     ("messages", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     ("messages", {"messages": [{"role": "user", "content": [{"type": "wat"}]}]}, "messages[0]"),
@@ -160,7 +166,11 @@ WRONG: list[tuple[Wire, dict[str, Any], str]] = [
     ("messages", {"tools": [{"name": "f", "input_schema": 5}]}, "tools"),
     ("messages", {"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
     ("messages", {"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
+    ("messages", {"tools": [{"name": {"a": 1}}], "messages": [ADDING]}, "tools[0].name"),
+    ("messages", {"messages": [{"role": "user", "content": "x", "\ud800": 1}]}, "messages[0]"),
     ("responses", {"input": 5}, "input"),
+    ("responses", {"input": [{"role": "user", "content": "\udfff"}]}, "input[0].content"),
+    ("responses", {"tools": [{"type": "function", "name": "\ud800"}]}, "tools[0].name"),
     ("responses", {"input": []}, "Input items"),
     ("responses", {"input": [{"role": "user", "content": {"a": 1}}]}, "input[0]"),
     ("responses", {"max_output_tokens": 0}, "max_output_tokens"),
@@ -171,7 +181,8 @@ WRONG: list[tuple[Wire, dict[str, Any], str]] = [
     ("responses", {"previous_response_id": "x"}, "previous_response_id"),
     ("completions", {"prompt": 5}, "prompt"),
     ("completions", {"prompt": ["a", "b"]}, "prompt"),
-    ("completions", {"prompt": "\ud800"}, "surrogate"),
+    ("completions", {"prompt": "\ud800"}, "prompt"),
+    ("completions", {"prompt": ["a\udc00b"]}, "prompt[0]"),
     ("completions", {"prompt": "x " * 9000}, "maximum context length"),
     ("completions", {"max_tokens": 0}, "max_tokens"),
     ("completions", {"suffix": "x", "max_tokens": 5000}, "max_tokens"),
@@ -180,8 +191,21 @@ WRONG: list[tuple[Wire, dict[str, Any], str]] = [
     ("completions", {"top_p": 0}, "top_p"),
     ("completions", {"temperature": "hot"}, "temperature"),
     ("completions", {"stop": ["a", ""]}, "stop"),
+    ("completions", {"stop": ["\ud800"]}, "stop"),
+    ("completions", {"\ud800": 1}, "surrogate"),
     ("completions", {"thinking": {"type": "enabled"}}, "think"),
 ]
+
+
+PREFIX = {"role": "assistant", "content": "x", "prefix": True}
+
+
+def function(name: str, parameters: Any = None) -> dict[str, Any]:
+    parameters = parameters or {"type": "object", "properties": {}, "additionalProperties": False}
+    return {
+        "type": "function",
+        "function": {"name": name, "strict": True, "parameters": parameters},
+    }
 
 
 @pytest.mark.parametrize(("wire", "fields", "words"), WRONG)
@@ -193,6 +217,45 @@ def test_wrong_field_is_told_what_and_where(
     code = "context_length_exceeded" if "maximum" in words else "invalid_request_error"
     error = checked(wire, code, response.status_code, response.json())
     assert words in error["message"]
+
+
+STRICT_WITHOUT = {"type": "object", "properties": {}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [function("f"), function("g", STRICT_WITHOUT)]}, "tools[1]"),
+        ({"tools": [function("f"), function("g", {"type": "string"})]}, "tools[1]"),
+        (
+            {
+                "tools": [function("f")],
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "strict": True, "schema": {"type": "what"}},
+                },
+            },
+            "response_format",
+        ),
+        ({"messages": [{"role": "user", "content": "a"}] * 2 + [PREFIX, PREFIX]}, "messages"),
+    ],
+)
+def test_a_schema_or_message_the_conversion_refuses_is_found(
+    app: Starlette, fields: dict[str, Any], param: str
+) -> None:
+    response = call(app, "POST", PATHS["chat"], json={**BODY, **fields})
+    error = checked("chat", "invalid_request_error", response.status_code, response.json())
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize("wire", WIRES)
+def test_an_error_repeats_little_of_a_long_text(app: Starlette, wire: Wire) -> None:
+    for fields in ({"temperature": "x" * 100_000}, {"stream": {"y" * 100_000: "\ud800"}}):
+        content = json.dumps({**SMALLEST[wire], **fields}).encode()
+        response = call(app, "POST", PATHS[wire], content=content)
+        error = checked(wire, "invalid_request_error", response.status_code, response.json())
+        assert next(iter(fields)) in error["message"]
+        assert len(response.text) < 3000
 
 
 @pytest.mark.parametrize("wire", WIRES)

@@ -44,6 +44,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--requests-per-minute", type=positive_int, metavar="N", help="(default: no limit)"
     )
     create.add_argument(
+        "--tokens-per-minute",
+        type=positive_int,
+        metavar="N",
+        help="of prompts and answers together (default: no limit)",
+    )
+    create.add_argument(
         "--concurrent", type=positive_int, metavar="N", help="requests at a time (default: any)"
     )
     create.add_argument(
@@ -88,6 +94,7 @@ def _create(args: argparse.Namespace) -> int:
         models=args.models,
         modes=args.modes,
         requests_per_minute=args.requests_per_minute,
+        tokens_per_minute=args.tokens_per_minute,
         max_concurrent=args.concurrent,
         expires_at=None if args.expires is None else time.time() + args.expires,
     )
@@ -137,6 +144,8 @@ def _limits(key: ApiKey) -> str:
     may, limits = key.permissions, []
     if may.requests_per_minute is not None:
         limits.append(f"{may.requests_per_minute}/min")
+    if may.tokens_per_minute is not None:
+        limits.append(f"{may.tokens_per_minute} tokens/min")
     if may.max_concurrent is not None:
         limits.append(f"{may.max_concurrent} at a time")
     return ", ".join(limits) or "none"

@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import deepseek_recipe as recipe
+
 from rorqual.protocol.dialects import DIALECTS, Protocol
 
 _MAX_DEPTH = 8
@@ -24,6 +26,10 @@ _MAX_PROBE_SIZE = 65_536
 """Characters of the largest part asked about."""
 _MAX_TEXT = 256
 """Characters kept of a string: its length has no influence on the shape."""
+_SHAPE_ERRORS = (ValueError, TypeError, OverflowError, RecursionError)
+"""What the recipe raises for a body of the wrong shape."""
+_MENTION = {"role": "user", "content": "json"}
+"""A message with the word a JSON format wants to see."""
 _NAMED = re.compile(r"Invalid '([^']+)'|Invalid (\w+)(?: and \w+)? value")
 _PATH = re.compile(r"((?:messages|tools|input|system)\b[\w.\[\]]*): ")
 _MISSING = re.compile(r"missing field `(\w+)`")
@@ -36,6 +42,7 @@ _SUBJECTS = (
     ("Required properties", "tools"),
     ("schema for function", "tools"),
     ("text.format", "text.format"),
+    ("prefix set true", "messages"),
     ("tool", "messages"),
     ("reasoning_content", "messages"),
     ("must be passed back", "messages"),
@@ -66,6 +73,54 @@ def blame(body: Mapping[str, Any], message: str, protocol: Protocol = "chat") ->
         return search.path
     missing = _MISSING.search(message)
     return missing[1] if missing else None
+
+
+def blame_schema(
+    body: Mapping[str, Any], message: str, protocol: Protocol, options: recipe.ConversionOptions
+) -> str | None:
+    """Path of the tool or answer format whose schema the recipe refuses with ``message``, which
+    names at most a function; None if it is neither."""
+    dialect = DIALECTS[protocol]
+    rest = {"model": body.get("model"), dialect.history: [_MENTION]}
+
+    def is_refused(part: Mapping[str, Any]) -> bool:
+        try:
+            dialect.request({**rest, **part}).convert(options)
+        except (recipe.ConversionError, *_SHAPE_ERRORS) as error:
+            return str(error) == message
+        return False
+
+    tools = body.get("tools")
+    for index, tool in enumerate(tools if isinstance(tools, list) else ()):
+        if is_refused({"tools": [tool]}):
+            return f"tools[{index}]"
+    fields = ("response_format", "text", "output_config")
+    return next((f for f in fields if f in body and is_refused({f: body[f]})), None)
+
+
+def blame_surrogate(value: Any) -> str | None:
+    """Path of a text in a JSON value that holds half of a surrogate pair, or whose name does;
+    None if there is none."""
+    left = [("", value)]
+    while left:
+        path, item = left.pop()
+        if isinstance(item, str) and not _is_unicode(item):
+            return path or "the body"
+        if isinstance(item, list):
+            left += ((f"{path}[{index}]", part) for index, part in enumerate(item))
+        elif isinstance(item, dict):
+            if not all(map(_is_unicode, item)):
+                return path or "the body"
+            left += ((f"{path}.{key}" if path else key, part) for key, part in item.items())
+    return None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _SpentError(Exception):
@@ -167,7 +222,7 @@ class _Search:
             return ""
         try:
             self._dialect.request(body)
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        except _SHAPE_ERRORS as error:
             return str(error) or type(error).__name__
         return None
 
@@ -175,11 +230,7 @@ class _Search:
 def _shortened(value: Any, depth: int) -> Any:
     """``value`` with its long strings cut, unless they are not valid Unicode."""
     if isinstance(value, str) and len(value) > _MAX_TEXT:
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            return value
-        return value[:_MAX_TEXT]
+        return value[:_MAX_TEXT] if _is_unicode(value) else value
     if depth > 0 and isinstance(value, list):
         return [_shortened(item, depth - 1) for item in value]
     if depth > 0 and isinstance(value, dict):

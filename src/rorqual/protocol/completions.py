@@ -80,6 +80,8 @@ def render_completion(renderer: Renderer, body: bytes | Mapping[str, Any]) -> Re
         missing = re.search(r"missing required field `(\w+)`", str(error))
         param = missing[1] if missing else path[1] if path else None
         raise RequestError(f"invalid request body: {error}", param=param) from None
+    except UnicodeEncodeError:
+        raise RequestError("a field's name is not valid Unicode: lone surrogate") from None
     card, tokenizer = renderer.card, renderer.tokenizer
     if asked.model not in (card.name, *card.aliases):
         raise UnknownModelError(renderer.unknown_model(asked.model), param="model")
@@ -89,6 +91,10 @@ def render_completion(renderer: Renderer, body: bytes | Mapping[str, Any]) -> Re
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     if len(stop) > _MAX_STOPS or not all(stop):
         raise RequestError(f"stop takes up to {_MAX_STOPS} texts, none empty", param="stop")
+    try:
+        "".join(stop).encode()
+    except UnicodeEncodeError:
+        raise RequestError("stop is not valid Unicode: lone surrogate", param="stop") from None
     thinking = fields.get("thinking")
     if thinking is not None and thinking != {"type": "disabled"}:
         raise RequestError("completions do not think", param="thinking")

@@ -245,17 +245,10 @@ def build_constraint(
 
 
 def constraint_of(
-    request: RenderedRequest,
-    tokenizer: Tokenizer,
-    generation: Generation,
-    *,
-    parallel_tool_calls: bool = True,
+    request: RenderedRequest, tokenizer: Tokenizer, generation: Generation
 ) -> ConstraintSpec | None:
     """The constraint on the answer to a rendered request. Arguments, errors and cost as of
     ``build_constraint``."""
-    parsing = request.conversation.parsing_options
-    stage = parsing.thinking_initial_stage
-    is_reasoning = stage is not None and stage.starts_in_reasoning()
     name = request.forced_tool
     tools: list[Mapping[str, Any]] = [*request.tools]
     if request.protocol == "chat":
@@ -267,11 +260,11 @@ def constraint_of(
         tools=tools,
         tool_choice=request.tool_choice if name is None else {"type": "tool", "name": name},
         response_format=request.response_format,
-        thinking=is_reasoning,
+        thinking=request.starts_in_reasoning,
         max_thinking_tokens=request.thinking_budget,
-        parallel_tool_calls=parallel_tool_calls,
-        block_is_open=parsing.starts_in_tool_calls,
-        content_prefix="" if is_reasoning else _continued(request),
+        parallel_tool_calls=request.parallel_tool_calls,
+        block_is_open=request.starts_in_call,
+        content_prefix="" if request.starts_in_reasoning else _continued(request),
         generation=generation,
     )
 
@@ -279,8 +272,7 @@ def constraint_of(
 def _continued(request: RenderedRequest) -> str:
     """The answer text at the prompt's end, if the model is to continue one."""
     start = max((end for _, end in request.special_ranges), default=0)
-    is_continued = request.conversation.conversation.messages[-1].prefix
-    return request.prompt[start:] if is_continued else ""
+    return request.prompt[start:] if request.is_continuation else ""
 
 
 class _Settings(NamedTuple):
@@ -359,8 +351,25 @@ def _try_out(spec: ConstraintSpec, param: str) -> None:
         raise RequestError(f"{param}: cannot be enforced: {error}", param=param) from None
     if not matcher.consume_tokens(list(spec.answer_prefix)):
         raise RequestError("messages: the prefix does not begin a valid answer", param="messages")
-    if not matcher.is_stopped() and not any(matcher.compute_bitmask()):
-        raise RequestError(f"{param}: no answer is valid", param=param)
+    if problem := _problem_of(matcher):
+        spec.grammars.forget(text)
+        raise RequestError(f"{param}: {problem}", param=param)
+
+
+def _problem_of(matcher: llguidance.LLMatcher) -> str:
+    """Why ``matcher`` cannot be followed even one token further; empty if it can, or has ended."""
+    mask = b"" if matcher.is_stopped() else matcher.compute_bitmask()
+    if mask and not matcher.is_error():
+        allowed = int.from_bytes(mask, "little")
+        if not allowed:
+            return "no answer is valid"
+        matcher.consume_token((allowed & -allowed).bit_length() - 1)
+        matcher.is_stopped()
+    if not matcher.is_error():
+        return ""
+    reason = matcher.get_error().strip().split("\n")[0]
+    dead_end = reason == "NoExtensionBias"  # as llguidance calls it
+    return "no answer is valid" if dead_end else f"cannot be enforced: {reason}"
 
 
 def _lark(start: str, *rules: str) -> str:
@@ -382,12 +391,13 @@ def _content(response_format: Mapping[str, Any] | None) -> tuple[str, str] | Non
             schema = holder.get("schema", True) if isinstance(holder, Mapping) else None
             if not isinstance(schema, Mapping | bool):
                 raise RequestError(f"{path} must be a JSON Schema", param=path)
-            rule = json_rule(
-                schema,
-                schema if isinstance(schema, Mapping) else {},
-                lenient=not holder.get("strict"),
-            )
-            if error := _error_in(rule):
+            root = schema if isinstance(schema, Mapping) else {}
+            try:
+                rule = json_rule(schema, root, lenient=not holder.get("strict"))
+                error = _error_in(rule)
+            except GrammarError as endless:
+                error = str(endless)
+            if error:
                 raise RequestError(f"{path}: cannot be enforced: {error}", param=path)
             return "content", f"content: {rule}"
         case "regex":

@@ -110,7 +110,7 @@ def _resolve_tool_changes(body: dict[str, Any]) -> None:
     messages, tools = body.get("messages"), body.get("tools") or []
     if not isinstance(messages, list) or not isinstance(tools, list):
         return
-    added: dict[object, Any] = {}
+    added: dict[str, Any] = {}
 
     def resolved(block: Any) -> Any:
         tool = block.get("tool") if isinstance(block, dict) else None
@@ -134,7 +134,7 @@ def _resolve_tool_changes(body: dict[str, Any]) -> None:
         for message in messages
     ]
     if added:
-        others = [t for t in tools if not (isinstance(t, dict) and t.get("name") in added)]
+        others = [t for t in tools if not (isinstance(t, dict) and str(t.get("name")) in added)]
         body["tools"] = [*others, *added.values()]
 
 

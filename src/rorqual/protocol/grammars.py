@@ -13,6 +13,9 @@ from collections.abc import Callable, Collection, Sequence
 
 import llguidance
 
+_LEXER_FUEL = 200_000
+"""Work that compiling may put into regular expressions, in llguidance's own unit; its default of
+1,000,000 lets the repetition of a repetition take a second and 170 MB."""
 _MAX_KEPT = 64
 """Compiled grammars kept: the tools of an agent's session recur in each of its requests."""
 
@@ -75,7 +78,9 @@ class Grammars:
         self.added = frozenset(added)
         wrapped = llguidance.TokenizerWrapper(_Vocabulary(tokens, eos_id, sorted(added), encode))
         self._tokenizer = llguidance.LLTokenizer(wrapped)
-        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._limits = llguidance.LLParserLimits(
+            verbose_errors=False, initial_lexer_fuel=_LEXER_FUEL
+        )
         self._kept: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._spellings: dict[str, Spelling] = {}
         self._lock = threading.Lock()
@@ -98,6 +103,11 @@ class Grammars:
             if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
         return matcher
+
+    def forget(self, grammar: str) -> None:
+        """Keep ``grammar`` no longer: it compiles, but is of no use."""
+        with self._lock:
+            self._kept.pop(grammar, None)
 
     def spelling(self, text: str) -> Spelling:
         """The ``Spelling`` of an added token's ``text``; made once."""

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple, cast
 import deepseek_recipe as recipe
 
 from rorqual.errors import PromptTooLongError, RequestError, UnknownModelError
-from rorqual.protocol.blame import blame, blame_text
+from rorqual.protocol.blame import blame, blame_schema, blame_surrogate, blame_text
 from rorqual.protocol.dialects import DIALECTS, Protocol, adapted, limit_name
 from rorqual.protocol.history import Memory, Recalled, Span, generated_spans, recall, replaced
 from rorqual.protocol.modes import MODES, Mode, ModelCard
@@ -36,6 +36,8 @@ DEFAULT_MAX_TOKENS: Final[Mapping[Mode, int]] = {
 MAX_ANSWER_TOKENS: Final = 393_216
 """Longest answer the model family allows, and the free context think-max was made for."""
 
+_MAX_NAME_CHARS: Final = 200
+"""Of an unknown model, repeated in a message."""
 _PENALTIES: Final = {
     "presence_penalty": (-2.0, 2.0, 0.0),
     "frequency_penalty": (-2.0, 2.0, 0.0),
@@ -304,7 +306,10 @@ class Renderer:
             kind = UnknownModelError if "API model names" in message else RequestError
             if kind is UnknownModelError:
                 message = self.unknown_model(fields.get("model"))
-            if (param := blame_text(message, DIALECTS[protocol].history)) == "max_tokens":
+            param = blame_text(message, DIALECTS[protocol].history)
+            if param in (None, "tools"):
+                param = blame_schema(native, message, protocol, self._options) or param
+            if param == "max_tokens":
                 message, param = message.replace("max_tokens", limit), limit
             if protocol == "messages" and param is not None and param not in message:
                 message = f"{message} (at {param})"  # its errors have no field for that
@@ -320,7 +325,9 @@ class Renderer:
     def unknown_model(self, name: object) -> str:
         """What to say to a client that asks for the model ``name``."""
         names = ", ".join((self.card.name, *self.card.aliases))
-        return f"The supported API model names are {names}, but you passed {name}."
+        passed = str(name)
+        passed = passed if len(passed) <= _MAX_NAME_CHARS else f"{passed[:_MAX_NAME_CHARS]}..."
+        return f"The supported API model names are {names}, but you passed {passed}."
 
     def _encode(
         self, recalled: Recalled
@@ -424,12 +431,16 @@ def parse_body(body: bytes) -> dict[str, Any]:
     """The JSON object in ``body``. Raises RequestError."""
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        # Half of a surrogate pair can only be written as an escape.
+        half = blame_surrogate(value) if b"\\ud" in body or b"\\uD" in body else None
     except RecursionError:
         raise RequestError("invalid JSON request: nested too deeply") from None
     except ValueError as error:
         raise RequestError(f"invalid JSON request: {error}") from None
     if not isinstance(value, dict):
         raise RequestError("invalid JSON request: the body must be a JSON object")
+    if half is not None:
+        raise RequestError(f"{half} is not valid Unicode: it has a lone surrogate", param=half)
     return cast("dict[str, Any]", value)
 
 

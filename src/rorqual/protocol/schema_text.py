@@ -12,6 +12,8 @@ from typing import Any, Final, cast
 
 import llguidance
 
+from rorqual.protocol.grammars import GrammarError
+
 Schema = Mapping[str, Any] | bool
 
 ANNOTATIONS: Final = frozenset(
@@ -29,6 +31,8 @@ _JSON_OPTIONS: Final = {
     "json_allowed_escapes": 'nrbtf\\"',
 }
 _ROOT: Final = "root"
+_MAX_ROUNDS: Final = 64
+"""Of looking for endless parts; references that need more are taken to be sound."""
 _CLOCK: Final = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,9})?"
 _ZONE: Final = r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 _DATE: Final = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])"
@@ -62,7 +66,13 @@ def json_rule(schema: Schema, root: Mapping[str, Any], *, lenient: bool) -> str:
 
     Args:
         lenient: skip keywords and formats llguidance does not know, rather than fail.
+
+    Raises:
+        GrammarError: a part of it is only a reference back to itself, which llguidance finds out
+            when it gets there.
     """
+    if has_endless_part(schema, root):
+        raise GrammarError("a part of the schema is defined by nothing but itself")
     options = {**_JSON_OPTIONS, "lenient": lenient}
     if isinstance(schema, bool):
         return "%json " + json.dumps({"x-guidance": options, **({} if schema else {"enum": []})})
@@ -101,15 +111,62 @@ def resolved(schema: Schema, root: Mapping[str, Any]) -> Schema:
     for _ in range(32):
         if not isinstance(target, Mapping) or target.keys() - ANNOTATIONS != {"$ref"}:
             break
-        reference, target = target["$ref"], root
-        if not isinstance(reference, str) or not reference.startswith("#"):
-            return schema
-        for key in reference.split("/")[1:]:
-            key = key.replace("~1", "/").replace("~0", "~")
-            target = target.get(key) if isinstance(target, Mapping) else None
+        target = _target(target, root)
         if not isinstance(target, Mapping | bool):
             return schema
     return cast("Schema", target)
+
+
+def has_endless_part(schema: Schema, root: Mapping[str, Any]) -> bool:
+    """Whether ``schema`` holds a part that refers to itself before it says anything."""
+    parts: list[Mapping[str, Any]] = []
+    seen: set[int] = set()
+    left: list[Any] = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        elif isinstance(part, Mapping) and id(part) not in seen:
+            seen.add(id(part))
+            parts.append(part)
+            left += [target for target in (_target(part, root),) if target is not None]
+            for key, value in part.items():
+                if key in _OF_SCHEMAS and isinstance(value, Mapping):
+                    left += () if key in _DEFINITIONS else value.values()
+                elif key not in _DATA:
+                    left.append(value)
+    sound: set[int] = set()
+
+    def is_sound(part: Any) -> bool:
+        return not isinstance(part, Mapping) or id(part) in sound
+
+    for _ in range(_MAX_ROUNDS):
+        before = len(sound)
+        for part in reversed(parts):  # what is inside comes first, as far as there is an order
+            needed = [[_target(part, root)], *([other] for other in _items(part, "allOf"))]
+            needed += [options for key in ("anyOf", "oneOf") if (options := _items(part, key))]
+            if all(any(map(is_sound, options)) for options in needed):
+                sound.add(id(part))
+        if len(sound) in (before, len(parts)):
+            return len(sound) < len(parts)
+    return False
+
+
+def _items(part: Mapping[str, Any], key: str) -> list[Any]:
+    items = part.get(key)
+    return items if isinstance(items, list) else []
+
+
+def _target(part: Mapping[str, Any], root: Mapping[str, Any]) -> Any:
+    """What the reference in ``part`` leads to; None if there is none or it leads nowhere."""
+    reference = part.get("$ref")
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    target: Any = root
+    for key in reference.split("/")[1:]:
+        key = key.replace("~1", "/").replace("~0", "~")
+        target = target.get(key) if isinstance(target, Mapping) else None
+    return target
 
 
 def is_open(schema: Schema) -> bool:
@@ -158,6 +215,7 @@ def _moved_reference(part: dict[str, Any]) -> dict[str, Any]:
 
 
 _OF_SCHEMAS: Final = frozenset(("properties", "patternProperties", "$defs", "definitions"))
+_DEFINITIONS: Final = frozenset(("$defs", "definitions"))
 _DATA: Final = frozenset(("enum", "const", "default", "examples", "example", "required", "type"))
 
 

@@ -16,7 +16,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeGuard
 
 from rorqual.errors import RequestError
 from rorqual.protocol.grammars import GrammarError
@@ -40,6 +40,10 @@ _NUM_BITS = 56
 _EXTRA = f"[{_NUM_BITS}:{_NUM_BITS + 4}]"
 _MAX_EXTRA = 15
 _MAX_SHAPES = 32
+_MAX_ALTERNATIVES = 512
+"""Of one parameter that are told apart; with more, strings are written in JSON form too."""
+_MAX_CHARS = 16 * 1024 * 1024
+"""Of the values' rules of one block: each that refers to others takes its whole schema along."""
 _FLAG, _RAW, _JSON = literal('" string="'), literal('true">'), literal('false">')
 _SHAPE_KEYS = frozenset(
     ("type", "properties", "required", "additionalProperties", "allOf", "anyOf", "oneOf", "$ref")
@@ -99,6 +103,7 @@ class BlockGrammar:
         self._compiles = compiles
         self._rules: list[str] = []
         self._values: dict[str, str] = {}
+        self._num_chars = 0
         functions = " | ".join(self._function(tool) for tool in tools)
         self._rule("call", f"{self._open(self._invoke)} ({functions})")
         end = self._close(block)
@@ -133,7 +138,7 @@ class BlockGrammar:
     def _function(self, tool: Tool) -> str:
         """Rule from after ``name="`` to the invocation's closing tag."""
         at = sum(rule.startswith("tool") for rule in self._rules)
-        shapes = _shapes(tool.parameters, tool)
+        shapes = _shapes(tool.parameters, tool, {})
         rules = []
         for shape in shapes:
             number = len(self._rules)
@@ -232,10 +237,13 @@ class BlockGrammar:
         attempts = [schema] if tool.strict else [schema, without_patterns(schema)]
         reason = ""
         for attempt in attempts:
-            text = json_rule(attempt, tool.parameters, lenient=not tool.strict)
-            if text in self._values:
-                return text
             try:
+                text = json_rule(attempt, tool.parameters, lenient=not tool.strict)
+                if text in self._values:
+                    return text
+                self._num_chars += len(text)
+                if self._num_chars > _MAX_CHARS:
+                    raise RequestError(f"{path}: the tools' schemas are too large", param=path)
                 self._compiles(f"start: value\nvalue: {text}")
             except GrammarError as error:
                 reason = reason or str(error)
@@ -269,15 +277,45 @@ def _nested(operator: str, conditions: Sequence[str]) -> str:
     return last
 
 
-def _split(schema: Schema, root: Mapping[str, Any], depth: int = 8) -> tuple[list[str], Schema]:
+def _split(schema: Schema, root: Mapping[str, Any]) -> tuple[list[str], Schema]:
     """Raw-string expressions, each ending in ``</``, and the schema of the values left for JSON
     (False: none)."""
-    schema = resolved(schema, root)
+    alternatives = _alternatives(schema, root)
+    if alternatives is None:
+        return [], schema
+    parts = [_split_one(part, root) for part in alternatives]
+    if len(parts) == 1:
+        return parts[0]
+    rest: list[Schema] = [part for _, part in parts if part is not False]
+    raw = list(itertools.chain.from_iterable(raw for raw, _ in parts))
+    return raw, {"anyOf": rest} if rest else False
+
+
+def _alternatives(schema: Schema, root: Mapping[str, Any]) -> list[Schema] | None:
+    """What nested ``anyOf`` and ``oneOf`` choose from; None if that is too much, or endless."""
+    found: list[Schema] = []
+    waiting = [schema]
+    for _ in range(_MAX_ALTERNATIVES):
+        part = resolved(waiting.pop(), root)
+        keys = part.keys() - ANNOTATIONS if isinstance(part, Mapping) else set()
+        if isinstance(part, Mapping) and keys in ({"anyOf"}, {"oneOf"}):
+            waiting += reversed(part[next(iter(keys))])
+        else:
+            found.append(part)
+        if not waiting:
+            return found
+        if len(waiting) > _MAX_ALTERNATIVES:
+            return None
+    return None
+
+
+def _split_one(schema: Schema, root: Mapping[str, Any]) -> tuple[list[str], Schema]:
+    """``_split`` of one alternative."""
     if isinstance(schema, bool):
         return ([raw_string({}) or ""], _NOT_STRING) if schema else ([], False)
     keys = schema.keys() - ANNOTATIONS
     if not keys:
-        return _split(True, root)
+        return _split_one(True, root)
     if keys <= {"type", "enum", "const"} and (keys & {"enum", "const"}):
         values = [schema["const"]] if "const" in schema else schema["enum"]
         if not isinstance(values, list):
@@ -287,11 +325,6 @@ def _split(schema: Schema, root: Mapping[str, Any], depth: int = 8) -> tuple[lis
         if any(DSML in value for value in raw):
             return [], schema
         return raw, {**schema, "enum": others} if others else False
-    if keys in ({"anyOf"}, {"oneOf"}) and depth:
-        parts = [_split(part, root, depth - 1) for part in schema[next(iter(keys))]]
-        rest: list[Schema] = [part for _, part in parts if part is not False]
-        raw = list(itertools.chain.from_iterable(raw for raw, _ in parts))
-        return raw, {"anyOf": rest} if rest else False
     types = schema.get("type")
     types = [types] if isinstance(types, str) else types
     if not isinstance(types, list) or "string" not in types or not keys.isdisjoint(_COMBINING):
@@ -307,14 +340,23 @@ _NOT_STRING: Final[Mapping[str, Any]] = {"type": ["object", "array", "number", "
 _COMBINING = frozenset(("anyOf", "oneOf", "allOf", "not", "if", "$ref", "enum", "const"))
 
 
-def _shapes(schema: Schema, tool: Tool, depth: int = 8) -> list[_Shape]:
-    """The alternatives of a parameters schema."""
+def _shapes(
+    schema: Schema, tool: Tool, known: dict[int, list[_Shape]], depth: int = 8
+) -> list[_Shape]:
+    """The alternatives of a parameters schema.
+
+    Args:
+        known: results by identity of the schema, so that shared parts are read once.
+    """
     path = tool.path
     schema = resolved(schema, tool.parameters)
     if isinstance(schema, bool):
         if not schema:
             raise RequestError(f"{path}: no arguments are valid", param=path)
         return [_Shape()]
+    if id(schema) in known:
+        return known[id(schema)]
+    known[id(schema)] = [_Shape()]  # inside itself a schema says nothing new
     if not isinstance(schema, Mapping):
         raise RequestError(f"{path} must be a JSON Schema object", param=path)
     types = schema.get("type", "object")
@@ -343,10 +385,11 @@ def _shapes(schema: Schema, tool: Tool, depth: int = 8) -> list[_Shape]:
     parts = [[part] for part in schema.get("allOf", ())]
     parts += [list(schema[key]) for key in ("anyOf", "oneOf") if key in schema]
     for options in parts if depth else ():
-        found = [shape for part in options for shape in _shapes(part, tool, depth - 1)]
+        found = [shape for part in options for shape in _shapes(part, tool, known, depth - 1)]
         if len(found) * len(shapes) > _MAX_SHAPES:
             continue
         shapes = [_merged(one, other) for one in shapes for other in found]
+    known[id(schema)] = shapes
     return shapes
 
 
@@ -355,7 +398,21 @@ def _merged(one: _Shape, other: _Shape) -> _Shape:
     properties = dict(one.properties)
     for name, schema in other.properties.items():
         same = name not in properties or is_open(properties[name])
-        properties[name] = schema if same else {"allOf": [properties[name], schema]}
+        properties[name] = schema if same else _both(properties[name], schema)
     extras = [extra for extra in (one.extra, other.extra) if extra is not None]
     extra = False if False in extras else extras[0] if extras else None
     return _Shape(properties, one.required | other.required, extra)
+
+
+def _both(one: Schema, other: Schema) -> Schema:
+    """The values both allow, flat, so that what many alternatives share is said once."""
+    parts = {
+        id(part): part
+        for schema in (one, other)
+        for part in (schema["allOf"] if _is_conjunction(schema) else [schema])
+    }
+    return {"allOf": list(parts.values())} if len(parts) > 1 else one
+
+
+def _is_conjunction(schema: Schema) -> TypeGuard[Mapping[str, Any]]:
+    return isinstance(schema, Mapping) and schema.keys() == {"allOf"}

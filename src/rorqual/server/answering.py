@@ -12,7 +12,7 @@ from dataclasses import asdict
 from rorqual.engine.request import Request, SamplingParams, TokenOutput
 from rorqual.errors import EngineClosedError, EngineError
 from rorqual.protocol.completions import RenderedCompletion
-from rorqual.protocol.constraint import ConstraintSpec, build_constraint
+from rorqual.protocol.constraint import constraint_of
 from rorqual.protocol.modes import Generation
 from rorqual.protocol.parse import Event, TokenAlternatives, TokenFeed
 from rorqual.protocol.render import RenderedRequest
@@ -38,7 +38,7 @@ def engine_request(
     Raises:
         RequestError: a schema cannot be enforced.
     """
-    constraint = None if generation is None else _constraint(rendered, tokenizer, generation)
+    constraint = None if generation is None else constraint_of(rendered, tokenizer, generation)
     return Request(
         prompt_ids=rendered.prompt_ids,
         sampling=_sampling(rendered, tokenizer),
@@ -54,25 +54,6 @@ def text_request(rendered: RenderedCompletion, tokenizer: Tokenizer, request_id:
         prompt_ids=rendered.prompt_ids,
         sampling=_sampling(rendered, tokenizer),
         request_id=request_id,
-    )
-
-
-def _constraint(
-    rendered: RenderedRequest, tokenizer: Tokenizer, generation: Generation
-) -> ConstraintSpec | None:
-    choice: str | dict[str, str] = rendered.tool_choice
-    if rendered.forced_tool is not None:
-        choice = {"type": "function", "name": rendered.forced_tool}
-    return build_constraint(
-        tokenizer,
-        tools=rendered.tools,
-        tool_choice=choice,
-        response_format=rendered.response_format,
-        thinking=rendered.starts_in_reasoning,
-        max_thinking_tokens=rendered.thinking_budget,
-        parallel_tool_calls=rendered.parallel_tool_calls,
-        block_is_open=rendered.starts_in_call,
-        generation=generation,
     )
 
 

@@ -1,8 +1,9 @@
 """The HTTP application: doors around routes, and one shape for every error.
 
 From outside in: a record of each request (``observing``), cross-origin permission (Starlette's),
-admission, API keys, their limits, bounds on the body, then the router. Each is plain ASGI and
-keeps its own state; everything they need is passed in. ``server/run.py`` puts it on a socket.
+admission, API keys and their limits or else ``origins``, bounds on the body, then the router. Each
+is plain ASGI and keeps its own state; everything they need is passed in. ``server/run.py`` puts it
+on a socket.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rorqual.server.limits import Limits
 from rorqual.server.metrics import Metrics
 from rorqual.server.observing import Observing
 from rorqual.server.openapi import openapi_route
+from rorqual.server.origins import Origins
 from rorqual.server.routes import protocol_routes
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
@@ -57,9 +59,12 @@ _EXPOSED_HEADERS = (
     "x-request-id",
     "retry-after",
     WARNING_HEADER.decode(),
-    "x-ratelimit-limit-requests",
-    "x-ratelimit-remaining-requests",
-    "x-ratelimit-reset-requests",
+    *(
+        header
+        for kind in ("requests", "tokens")
+        for what in ("limit", "remaining", "reset")
+        for header in (f"x-ratelimit-{what}-{kind}", f"anthropic-ratelimit-{kind}-{what}")
+    ),
 )
 
 
@@ -113,6 +118,7 @@ def create_app(
         ConfigError: the tokenizer does not fit the card's prompt layout.
     """
     metrics = Metrics(engine.stats, lambda: admission.is_draining)
+    origins = [origin.rstrip("/") for origin in cors_origins]  # as browsers write them
 
     async def health(_: Request) -> Response:
         if engine.is_closed:
@@ -157,14 +163,16 @@ def create_app(
         },
     )
     app: ASGIApp = BodyBounds(router, max_bytes=max_body_bytes, timeout_s=body_timeout_s)
-    if keys is not None:
+    if keys is None:
+        app = Origins(app, allowed=origins)
+    else:
         app = Limits(app)
         app = Authentication(app, keys=keys, open_paths=_STATUS_PATHS | PUBLIC_PATHS)
     app = admission = Admission(app, max_requests=max_requests, always=_STATUS_PATHS | {"/metrics"})
-    if cors_origins:
+    if origins:
         app = CORSMiddleware(
             app,
-            allow_origins=cors_origins,
+            allow_origins=origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
             expose_headers=_EXPOSED_HEADERS,

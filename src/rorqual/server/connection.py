@@ -1,13 +1,16 @@
 """One HTTP connection: uvicorn's, with limits on what its client may take: time and memory.
 
 uvicorn itself waits for ever for a client that connects and sends nothing, or half a header, or
-does not read its answer; and it keeps headers of any size.
+does not read its answer; and it keeps headers of any size. It also loses the body of a request that
+offers to switch to another protocol, as Java's HTTP client does with each: here, as RFC 9110
+section 7.8 allows, the offer is not taken up and the request served as it is.
 """
 
 from __future__ import annotations
 
 import asyncio
 
+import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -40,12 +43,38 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Called with whatever arrives, by the event loop."""
-        super().data_received(data)
+        self._parse(data)
         if self._in_header:
             self._num_header_bytes += len(data)
             if self._num_header_bytes > self.max_header_bytes:
                 self._refuse(431, _TOO_MUCH_HEADER)
         self._watch_asking()
+
+    def _parse(self, data: bytes) -> None:
+        self._unset_keepalive_if_required()
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                if self.parser.get_method() == b"CONNECT":
+                    self.send_400_response("this is no proxy")
+                    return
+                data = self._without_offer() + data[offer.args[0] :]
+            except httptools.HttpParserError:
+                self.send_400_response("Invalid HTTP request received.")
+                return
+            else:
+                return
+
+    def _without_offer(self) -> bytes:
+        """The request line and headers again, for a new parser: the old one takes what follows for
+        the other protocol."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % field for field in self.headers if field[0] != b"upgrade"]
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         """Called by the parser at a request's first byte."""
@@ -61,7 +90,17 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Called by the parser."""
         self._in_header = False
-        super().on_headers_complete()
+        if not self._is_offer():
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Called by the parser."""
+        if not self._is_offer():
+            super().on_message_complete()
+
+    def _is_offer(self) -> bool:
+        """Whether the parser is about to stop: it knows no way to say no."""
+        return self.parser.should_upgrade()
 
     def on_response_complete(self) -> None:
         """Called by uvicorn after an answer's last byte was handed over."""

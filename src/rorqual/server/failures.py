@@ -29,6 +29,9 @@ Wire = Literal["chat", "messages", "responses", "completions"]
 MESSAGES_PATHS = ("/v1/messages", "/anthropic/")
 """What the paths of Anthropic's protocol begin with."""
 
+_MAX_CHARS = 1000
+"""Of what an error says: it may repeat a text of the client's, which may be any length."""
+
 
 class Row(NamedTuple):
     """What the clients of one error see."""
@@ -133,6 +136,12 @@ class Failure:
         }
 
 
+def _shortened(text: str) -> str:
+    if len(text) <= _MAX_CHARS:
+        return text
+    return f"{text[: _MAX_CHARS // 2]} ... {text[-_MAX_CHARS // 2 :]}"
+
+
 def wire_of(path: str) -> Wire:
     """The protocol in whose shape errors at ``path`` are told."""
     return "messages" if path.startswith(MESSAGES_PATHS) else "chat"
@@ -142,7 +151,8 @@ def failure_of(error: Exception) -> Failure:
     """Whose fault ``error`` is, and what to say; unknown errors reveal nothing."""
     match error:
         case RequestError():
-            return Failure(code=error.code, message=str(error), param=error.param)
+            param = error.param and _shortened(error.param)
+            return Failure(code=error.code, message=_shortened(str(error)), param=param)
         case EngineOverloadedError():
             headers = {"Retry-After": "1"}
             return Failure(code="engine_overloaded", message=str(error), headers=headers)
@@ -154,7 +164,7 @@ def failure_of(error: Exception) -> Failure:
             other = "internal_error" if error.status_code >= 500 else "invalid_request_error"
             return Failure(
                 code=_HTTP_CODES.get(error.status_code, other),
-                message=error.detail,
+                message=_shortened(error.detail),
                 headers=error.headers or {},
             )
         case _:

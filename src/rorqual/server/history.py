@@ -66,10 +66,12 @@ class History:
         self._lock = threading.Lock()
         name = ":memory:" if path is None else str(path)
         try:
+            if path is not None:
+                path.touch(mode=0o600)  # answers are their owners' business
             self._db = sqlite3.connect(name, check_same_thread=False, isolation_level=None)
             self._db.executescript(_SCHEMA)
             totals = self._db.execute("SELECT count(*), total(bytes) FROM turns").fetchone()
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{name}: not usable as a history file: {error}") from None
         self._num_turns, self._num_bytes = int(totals[0]), int(totals[1])
 

@@ -40,13 +40,14 @@ CREATE TABLE IF NOT EXISTS keys (
     max_concurrent INTEGER,
     created_at REAL NOT NULL,
     expires_at REAL,
-    revoked_at REAL
+    revoked_at REAL,
+    tokens_per_minute INTEGER
 );
 CREATE UNIQUE INDEX IF NOT EXISTS active_names ON keys (name) WHERE revoked_at IS NULL;
 """
 _COLUMNS = (
     "id, name, digest, models, modes, requests_per_minute, max_concurrent, created_at, "
-    "expires_at, revoked_at"
+    "expires_at, revoked_at, tokens_per_minute"
 )
 
 
@@ -57,6 +58,7 @@ class Permissions:
     models: frozenset[str] | None = None
     modes: frozenset[str] | None = None
     requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
     max_concurrent: int | None = None
     expires_at: float | None = None
     """Unix time."""
@@ -99,6 +101,7 @@ class KeyStore:
             )
             self._db.execute("PRAGMA journal_mode = WAL")  # readers and a writer do not meet
             self._db.executescript(_SCHEMA)
+            self._add_missing_column()
             self._hash_key = self._read_hash_key()
         except (OSError, sqlite3.Error) as error:
             raise self._failure(error) from None
@@ -123,7 +126,7 @@ class KeyStore:
         )
         try:
             self._db.execute(
-                f"INSERT INTO keys ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?)", _row_of(key)
+                f"INSERT INTO keys ({_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?,?)", _row_of(key)
             )
         except sqlite3.IntegrityError:
             raise ConfigError(f"there is an active key {name!r} already; revoke it first") from None
@@ -173,6 +176,12 @@ class KeyStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _add_missing_column(self) -> None:
+        """Files of earlier releases know no limit of tokens."""
+        columns = [row[1] for row in self._db.execute("PRAGMA table_info(keys)").fetchall()]
+        if "tokens_per_minute" not in columns:
+            self._db.execute("ALTER TABLE keys ADD COLUMN tokens_per_minute INTEGER")
 
     def _read_hash_key(self) -> bytes:
         self._db.execute(
@@ -245,11 +254,13 @@ def _row_of(key: ApiKey) -> tuple[object, ...]:
         key.created_at,
         may.expires_at,
         key.revoked_at,
+        may.tokens_per_minute,
     )
 
 
 def _key_of(row: tuple[Any, ...]) -> ApiKey:
-    key_id, name, digest, models, modes, per_minute, concurrent, created, expires, revoked = row
+    key_id, name, digest, models, modes, requests, concurrent, created, expires, *rest = row
+    revoked, tokens = rest
     return ApiKey(
         id=key_id,
         name=name,
@@ -257,7 +268,8 @@ def _key_of(row: tuple[Any, ...]) -> ApiKey:
         permissions=Permissions(
             models=_split(models),
             modes=_split(modes),
-            requests_per_minute=per_minute,
+            requests_per_minute=requests,
+            tokens_per_minute=tokens,
             max_concurrent=concurrent,
             expires_at=expires,
         ),

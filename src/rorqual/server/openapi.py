@@ -93,11 +93,20 @@ def openapi_document(card: ModelCard) -> dict[str, Any]:
     }
 
 
+_EVENT: _Schema = {
+    "description": "one event of the stream",
+    "type": "object",
+    "properties": {"event": _TEXT, "data": _TEXT},
+    "required": ["data"],
+}
+"""Before 3.2, OpenAPI has no word for it; tools take a stream's schema as that of each event."""
+
+
 # ---- operations -------------------------------------------------------------------------------
 def _post(wire: Wire, body: _Schema, answer: _Schema, *, events: bool = True) -> dict[str, Any]:
     content = _json(answer)
     if events:
-        content["text/event-stream"] = {"schema": _TEXT}
+        content["text/event-stream"] = {"schema": _EVENT}
     statuses = {
         (row.anthropic_status or row.status) if wire == "messages" else row.status
         for row in ERRORS.values()

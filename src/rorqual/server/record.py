@@ -34,6 +34,7 @@ class RequestRecord:
         "_last_output",
         "_times",
         "cached_tokens",
+        "charge",
         "completion_tokens",
         "finish",
         "key",
@@ -65,6 +66,8 @@ class RequestRecord:
         """The part of ``completion_tokens`` that is reasoning; set by the protocol side."""
         self.num_tool_parse_failures = 0
         """Tool calls that could not be read; counted by the protocol side."""
+        self.charge: Callable[[int], object] | None = None
+        """Told the tokens of prompt and answer when the engine is done, on its thread."""
         self.finish: str | None = None
         self.ttft_s: float | None = None
         self._times = times
@@ -111,6 +114,8 @@ class RequestRecord:
                 self.prompt_tokens += usage.prompt_tokens
                 self.cached_tokens += usage.cached_tokens
                 self.completion_tokens += usage.completion_tokens
+                if self.charge is not None:
+                    self.charge(usage.prompt_tokens + usage.completion_tokens)
 
 
 def record_of(scope: Scope) -> RequestRecord:
