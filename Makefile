@@ -8,11 +8,13 @@ PORT ?= 8000
 MODEL ?= nano-flash
 MINUTES ?= 30
 JOBS ?= 2
+RESULTS ?= docs/measurements
+TO ?= 1M
 
 NATIVE := $(wildcard src/rorqual/kernels/cpu/*.cpp src/rorqual/kernels/cpu/*.h) \
 	src/rorqual/kernels/cpu/CMakeLists.txt
 
-.PHONY: help install serve chat test test-tools test-sandbox sandbox-tools check format bench soak \
+.PHONY: help install serve chat test test-tools test-sandbox sandbox-tools check format bench llama report soak \
 	clients clean
 
 help: ## list the targets
@@ -28,6 +30,10 @@ $(VENV)/.installed: pyproject.toml $(NATIVE) | $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml $(NATIVE) | $(BIN)/python
 	$(PIP) install --progress-bar on --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: pyproject.toml $(NATIVE) | $(BIN)/python
+	$(PIP) install --progress-bar on --editable '.[bench]'
 	@touch $@ $(VENV)/.installed
 
 install: $(VENV)/.installed ## prepare .venv with the rorqual command
@@ -63,8 +69,15 @@ format: $(VENV)/.installed-test ## rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed-test ## speed and cache bytes beside transformers
-	$(BIN)/python -m rorqual.bench.engine
+bench: $(VENV)/.installed-bench ## the engine's targets beside other engines, and TO (1M) tokens
+	$(BIN)/rorqual bench engine --csv $(RESULTS)
+	$(BIN)/rorqual bench long --to $(TO) --csv $(RESULTS) --plot $(RESULTS)/../long-nano-flash.svg
+
+llama: $(VENV)/.installed-bench ## add llama.cpp to the other engines: compiles it, 10 to 20 minutes
+	$(PIP) install --progress-bar on 'llama-cpp-python==0.3.36'
+
+report: $(VENV)/.installed-bench ## write the tables of the documents again from RESULTS
+	$(BIN)/python -m rorqual.bench.page --from $(RESULTS)
 
 soak: $(VENV)/.installed-test ## MINUTES (30) of mixed load, hang-ups and malformed bodies
 	$(BIN)/python -m rorqual.qualify.soak --minutes $(MINUTES)

@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "server": {"errors", "engine", "protocol"},
     "train": {"errors", "kernels", "model", "protocol"},
     "testing": {"errors", "kernels", "model", "engine", "protocol"},
-    "bench": {"errors", "kernels", "model", "engine", "protocol", "testing"},
+    "bench": {"errors", "kernels", "model", "engine", "protocol", "sandbox", "testing"},
     "cli": {
         "errors",
         "kernels",

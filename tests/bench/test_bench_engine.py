@@ -10,12 +10,20 @@ import pytest
 import torch
 
 from rorqual.bench import speed
-from rorqual.bench.behaviour import busy_rows, reuse_rows, stream_rows, weight_rows
+from rorqual.bench.behaviour import (
+    busy_rows,
+    disk_rows,
+    isa_rows,
+    reuse_rows,
+    stream_rows,
+    weight_rows,
+)
 from rorqual.bench.engine import main
 from rorqual.bench.report import read_csv
 from rorqual.bench.setup import Setup, random_prompt
 from rorqual.bench.speculation import document, speculation_rows
-from rorqual.bench.targets import judge
+from rorqual.bench.speed import SpeedRow
+from rorqual.bench.targets import PRINTED, judge
 from rorqual.bench.worker import Worker
 from rorqual.errors import ConfigError
 from rorqual.kernels import cpu
@@ -81,12 +89,32 @@ def test_a_peers_failure_has_a_reason() -> None:
 
 def test_reuse_is_counted_in_tokens() -> None:
     rows = reuse_rows(4096)
-    assert [row.name for row in rows] == ["identical prompt", "next turn", "branch at 50 %"]
+    branch = "branch at 50 %"
+    assert [row.name for row in rows] == [
+        "identical prompt",
+        "next turn",
+        branch,
+        f"{branch}, sparse windows",
+    ]
     # Whole blocks of 128 before the last token; a turn is 64 tokens after an answer of 64; windows
     # are kept every 2048 tokens, so right at the branch.
     cached = [int(row.detail.split()[0]) for row in rows]
-    assert cached == [3968, 4096, 2048]
+    assert cached == [3968, 4096, 2048, 2048]
     assert rows[2].value == 50
+
+
+def test_a_prompt_on_disk_is_measured() -> None:
+    (row,) = disk_rows(512)
+    assert row.value > 0
+    assert row.detail.startswith("384 of 512")
+
+
+def test_every_kind_of_instructions_is_measured_in_a_process_of_its_own() -> None:
+    before = cpu.native().isa()
+    rows = {row.name: row.value for row in isa_rows(64, 3)}
+    assert {"prefill, scalar", "decode, scalar", f"decode, {before}"} <= set(rows)
+    assert min(rows.values()) > 0
+    assert cpu.native().isa() == before
 
 
 def test_streams_and_a_busy_core_are_measured() -> None:
@@ -121,6 +149,35 @@ def test_targets_are_judged_in_both_directions() -> None:
     assert not verdicts["identical prompt"].is_met  # 96.9 % of so short a prompt
     assert verdicts["branch at 50 %"].is_met
     assert "cache off the formula (rorqual)" not in verdicts
+
+
+def speed_row(engine: str, length: int, prefill: float, decode: float) -> SpeedRow:
+    return SpeedRow(
+        engine=engine,
+        prompt_tokens=length,
+        prefill_tokens_per_cpu_s=prefill,
+        decode_tokens_per_cpu_s=decode,
+        cache_bytes_per_token=249,
+        formula_bytes_per_token=249,
+        rss_bytes=1,
+        library_bytes=1,
+        same_tokens=1,
+        answer_tokens=1,
+        repetitions=1,
+    )
+
+
+def test_a_peer_of_the_run_counts_and_a_printed_one_is_scaled_to_the_machine() -> None:
+    ours = speed_row(speed.OURS, 16384, 4000, 800)
+    theirs = speed_row(speed.LLAMA, 16384, 1000, 200)
+    name = "decode at 16k over llama.cpp"
+    here = {row.name: row for row in judge([ours, theirs], [])}
+    assert here[name].measured == 4
+    assert "this run" in here[name].beside
+    twice = speed_row(speed.FLYWEIGHT, 16384, 1, 2 * PRINTED[speed.FLYWEIGHT]["decode", 16384])
+    printed = {row.name: row for row in judge([ours, twice], [])}
+    assert printed[name].measured == 800 / (2 * PRINTED[speed.LLAMA]["decode", 16384])
+    assert "printed" in printed[name].beside
 
 
 def test_csv_holds_the_conditions_and_one_row_per_length_and_engine(

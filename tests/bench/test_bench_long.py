@@ -72,8 +72,10 @@ def test_a_context_is_read_once_and_found_again_after_a_restart(
     assert int(restart["cached_tokens"]) == 4480 - 128 * (4500 % 128 == 0)
     assert restart["same_tokens"] == restart["answer_tokens"] == "4"
     assert "<svg" in plot.read_text("utf-8")
+    names = {row["name"] for row in read_csv(tmp_path / "long_targets_tiny.csv")}
+    assert {"decode, longest over shortest", "first token after a restart"} < names
     out = capsys.readouterr().out
-    assert "peak RSS" in out
+    assert "peak memory over weights + formula" in out
     assert "fitted CPU ns per FP8 operation" in out
 
 

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 )
 
 from rorqual.engine.cache.cache import PrefixCache
+from rorqual.engine.cache.checkpoint import checkpoint_nbytes
 from rorqual.engine.cache.config import CacheConfig
 from rorqual.engine.cache.plan import CheckpointPolicy, PolicyKind
 from rorqual.engine.cache.pool import BlockPool, Bytes
@@ -49,12 +50,14 @@ class Rig:
         directory: Path | None = None,
         mtp: bool = True,
         fingerprint: bytes = b"model",
+        dense_share: float = 0.125,
     ) -> None:
         self.network = FakeNetwork(LAYOUT, mtp=mtp)
         config = CacheConfig(
             memory_bytes=num_blocks * LAYOUT.block_nbytes,
             max_sequences=4,
             policy=policy or CheckpointPolicy(period_tokens=512),
+            dense_share=dense_share,
             directory=directory,
             disk_bytes=64 << 20,
         )
@@ -152,6 +155,47 @@ def test_random_branches_equal_the_same_alone(data: st.DataObject) -> None:
         cut = data.draw(st.integers(0, len(base)))
         known.append(base[:cut] + prompt(data.draw(st.integers(1, 300)), seed))
         check(rig, known[-1], chunk=data.draw(st.sampled_from([1, 7, 128, 500])))
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(1, 1500))
+def test_a_branch_anywhere_computes_again_less_than_two_blocks(cut: int) -> None:
+    rig = Rig(CheckpointPolicy(), dense_share=1.0)
+    rig.answer(prompt(1500))
+    sequence = check(rig, prompt(1500)[:cut] + prompt(100, seed=1))
+    assert cut - sequence.plan.cached_tokens < 2 * BLOCK_TOKENS
+
+
+def test_dense_checkpoints_thin_out_evenly_and_displace_no_entries() -> None:
+    tokens = prompt(4000)
+    size = checkpoint_nbytes(LAYOUT)
+    limit = 6 * size
+    rig = Rig(CheckpointPolicy(), dense_share=(limit + 1) / (NUM_BLOCKS * LAYOUT.block_nbytes))
+    rig.answer(tokens)
+    stats = rig.cache.stats()
+    assert limit <= stats.checkpoint_bytes <= limit + size, "the last is for good, beyond the limit"
+    assert (stats.num_evicted_blocks, stats.num_tree_blocks) == (0, 31)
+    kept = {at for at in range(128, 3969, 128) if is_kept(rig, tokens[: at + 1])}
+    assert {1024, 2048, 3072, 3968} < kept, "what is furthest apart, and the end, stay"
+
+
+def is_kept(rig: Rig, tokens: Sequence[int]) -> bool:
+    """Whether windows are kept right before the last of ``tokens``."""
+    sequence = rig.cache.begin(tokens)
+    rig.cache.finish(sequence)
+    return sequence.plan.cached_tokens == len(tokens) - 1
+
+
+def test_dense_checkpoints_are_not_kept_on_disk(tmp_path: Path) -> None:
+    tokens = prompt(3000)
+    rig = Rig(CheckpointPolicy(), directory=tmp_path, dense_share=1.0)
+    rig.answer(tokens)
+    assert all(is_kept(rig, tokens[: at + 1]) for at in (1024, 1792, 2048, 2944))
+    rig.cache.close()
+    rig = Rig(CheckpointPolicy(), directory=tmp_path, dense_share=1.0)
+    kept = [is_kept(rig, tokens[: at + 1]) for at in (1024, 1792, 2048, 2944)]
+    assert kept == [False, False, True, True]
+    rig.cache.close()
 
 
 @settings(deadline=None, max_examples=20)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rorqual.engine.cache.plan import (
     CheckpointPolicy,
-    keeps_checkpoint,
+    checkpoint_share,
     last_boundary,
     next_stop,
     plan_reuse,
@@ -59,6 +59,7 @@ policies = st.builds(
     CheckpointPolicy,
     kind=st.sampled_from(["full", "periodic", "zero"]),
     period_tokens=st.integers(1, 6).map(lambda n: n * BLOCK_TOKENS),
+    dense_tokens=st.none() | st.integers(1, 4).map(lambda n: n * BLOCK_TOKENS),
     at_ends=st.booleans(),
 )
 
@@ -80,16 +81,27 @@ def test_stops_are_exactly_the_boundaries_where_something_is_kept(
         if boundary > position
         and boundary >= chosen.exact_from
         and (
-            keeps_checkpoint(policy, chosen, boundary)
+            checkpoint_share(policy, chosen, boundary) > 0
             or (policy.at_ends and boundary > last_boundary(prompt))
         )
     ]
     assert stop == (due[0] if due else None)
 
 
-def test_a_period_that_is_no_multiple_of_a_block_is_refused() -> None:
-    with pytest.raises(ConfigError, match="period_tokens"):
-        CheckpointPolicy(period_tokens=100)
+@pytest.mark.parametrize("name", ["period_tokens", "dense_tokens"])
+def test_a_period_that_is_no_multiple_of_a_block_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        CheckpointPolicy(**{name: 100})  # type: ignore[arg-type]
+
+
+def test_dense_checkpoints_count_for_half_of_those_twice_as_far_apart() -> None:
+    policy = CheckpointPolicy(period_tokens=2048, dense_tokens=256)
+    shares = {at: checkpoint_share(policy, plan(9999, 0), at) for at in range(128, 9984, 128)}
+    assert {at for at, share in shares.items() if share} == set(range(256, 9984, 256))
+    period = [shares[256 * n] for n in range(1, 9)]
+    assert period == [1 / 8, 1 / 4, 1 / 8, 1 / 2, 1 / 8, 1 / 4, 1 / 8, 1]
+    assert shares[4096] == 1
+    assert checkpoint_share(policy, plan(9999, 0), 9984) == 1, "the prompt's last boundary"
 
 
 def tokens_of(*blocks: int) -> bytes:
@@ -165,8 +177,8 @@ def test_nothing_a_sequence_holds_is_shed() -> None:
 def test_checkpoints_go_before_entries_unless_used_much_more() -> None:
     tree = PrefixTree(b"root", 60.0)
     first, second = grow(tree, 1, 2, first_block=0)
-    tree.keep_checkpoint(second, np.zeros(8 * BLOCK_NBYTES, np.uint8))
-    tree.keep_checkpoint(first, np.zeros(8 * BLOCK_NBYTES, np.uint8))
+    tree.keep_checkpoint(second, np.zeros(8 * BLOCK_NBYTES, np.uint8), 1.0)
+    tree.keep_checkpoint(first, np.zeros(8 * BLOCK_NBYTES, np.uint8), 1.0)
     for _ in range(20):
         tree.use([first], 0.0)
     order = [

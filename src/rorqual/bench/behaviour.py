@@ -6,19 +6,27 @@ against ours; on a machine that others use, only the counts mean anything.
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import get_args
 
+from rorqual.bench.options import ISAS
+from rorqual.bench.peers import RorqualPeer
 from rorqual.bench.setup import Setup, random_prompt
+from rorqual.bench.worker import Worker
+from rorqual.engine.cache.plan import CheckpointPolicy
 from rorqual.engine.engine import Engine
 from rorqual.engine.handle import Handle
 from rorqual.engine.request import Request, SamplingParams, TokenOutput
+from rorqual.errors import ConfigError
 from rorqual.model.native import NativeWeightFormat
 
 
@@ -45,12 +53,20 @@ def submit(engine: Engine, prompt: Sequence[int], num_tokens: int, name: str) ->
 
 # ---- reuse ------------------------------------------------------------------------------------
 def reuse_rows(length: int) -> list[BehaviourRow]:
-    """Tokens that need no computation: the same prompt, the next turn, a branch at one half."""
-    config = Setup().config
-    first = random_prompt(config, length, seed=1)
-    other = random_prompt(config, length, seed=2)
+    """Tokens that need no computation: the same prompt, the next turn, a branch at one half.
+
+    The branch also where windows are kept every 2,048 tokens only, as they are on disk.
+    """
+    rows = _reuse(Setup(), length)
+    (*_, branch) = _reuse(Setup(policy=CheckpointPolicy(dense_tokens=None)), length)
+    return [*rows, replace(branch, name="branch at 50 %, sparse windows")]
+
+
+def _reuse(setup: Setup, length: int) -> list[BehaviourRow]:
+    first = random_prompt(setup.config, length, seed=1)
+    other = random_prompt(setup.config, length, seed=2)
     rows = []
-    with Setup().open() as engine:
+    with setup.open() as engine:
         answer = submit(engine, first, 64, "first").result().token_ids
         turn = [*first, *answer, *other[:64]]
         half = length // 2
@@ -70,6 +86,29 @@ def reuse_rows(length: int) -> list[BehaviourRow]:
                 )
             )
     return rows
+
+
+def disk_rows(length: int) -> list[BehaviourRow]:
+    """How long a prompt takes that is on disk: nobody else gets a token meanwhile."""
+    with tempfile.TemporaryDirectory(prefix="rorqual-bench-") as folder:
+        setup = Setup(directory=Path(folder))
+        prompt = random_prompt(setup.config, length, seed=5)
+        with setup.open() as engine:
+            submit(engine, prompt, 1, "write").result()
+        with setup.open() as engine:
+            submit(engine, prompt[:128], 1, "warm").result()
+            start = time.perf_counter()
+            usage = submit(engine, prompt, 1, "read").result().usage
+            took = time.perf_counter() - start
+    assert usage is not None
+    return [
+        BehaviourRow(
+            name="first token, prompt on disk",
+            value=1e3 * took,
+            unit="ms",
+            detail=f"{usage.cached_tokens} of {length} tokens from disk, the rest computed",
+        )
+    ]
 
 
 # ---- many streams, a busy core ----------------------------------------------------------------
@@ -165,6 +204,32 @@ def busy_core() -> Iterator[None]:
             yield
         finally:
             process.kill()
+
+
+# ---- instructions ------------------------------------------------------------------------------
+def isa_rows(length: int, num_tokens: int) -> list[BehaviourRow]:
+    """Prefill and decode tokens per CPU-second with each kind of instructions this machine has."""
+    prompt = random_prompt(Setup().config, length, seed=4)
+    rows = []
+    for isa in ISAS:
+        try:
+            with Worker(functools.partial(RorqualPeer, Setup(isa=isa))) as worker:
+                measured = worker.run(prompt, num_tokens + 1)
+        except ConfigError:  # not on this machine
+            continue
+        for phase, count, took in (
+            ("prefill", length, measured.prefill_cpu_s),
+            ("decode", num_tokens, measured.decode_cpu_s),
+        ):
+            rows.append(
+                BehaviourRow(
+                    name=f"{phase}, {isa}",
+                    value=count / took,
+                    unit="tokens/cpu-s",
+                    detail=f"{length} tokens of context",
+                )
+            )
+    return rows
 
 
 # ---- weights ----------------------------------------------------------------------------------

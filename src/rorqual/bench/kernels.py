@@ -16,7 +16,7 @@ import csv
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from rorqual.bench.options import add_kernel_options
+from rorqual.bench.roof import Roof, cpu_time, measure_roof
 from rorqual.errors import ConfigError
 from rorqual.kernels import cpu
 from rorqual.kernels.layout import BLOCK_TOKENS
@@ -33,18 +34,6 @@ from rorqual.model.transformer import Transformer
 
 _CHUNK_TOKENS = 512
 _DECODE_TOKENS = 100
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What one core of this machine does, as measured here."""
-
-    flops: float
-    """Float32 operations per CPU-second in numpy's product of two 1024 x 1024 matrices."""
-    bytes: float
-    """Bytes per CPU-second when numpy sums 256 MiB."""
-    seconds: float
-    """About how much CPU time to measure each kernel for."""
 
 
 @dataclass(frozen=True)
@@ -59,37 +48,8 @@ class Row:
     predicted_ms: float
 
 
-def machine(seconds: float) -> Machine:
-    """Measure both limits."""
-    a = np.ones((1024, 1024), np.float32)
-    big = np.ones(1 << 26, np.float32)
-    product = _time(lambda repeat: [a @ a for _ in range(repeat)], seconds)
-    reading = _time(lambda repeat: [big.sum() for _ in range(repeat)], seconds)
-    return Machine(2 * 1024**3 / product, big.nbytes / reading, seconds)
-
-
-def _time(run: Callable[[int], object], seconds: float) -> float:
-    """CPU seconds of one repetition of ``run(repetitions)``, the fastest of three tries."""
-    run(1)
-    repeat = 1
-    while True:
-        start = time.process_time()
-        run(repeat)
-        took = time.process_time() - start
-        if took > seconds / 12:
-            break
-        repeat *= 4
-    repeat = max(1, round(repeat * seconds / 3 / took))
-    tries = []
-    for _ in range(3):
-        start = time.process_time()
-        run(repeat)
-        tries.append((time.process_time() - start) / repeat)
-    return min(tries)
-
-
-def _row(limits: Machine, kernel: str, size: str, flops: float, nbytes: float, took: float) -> Row:
-    predicted = max(flops / limits.flops, nbytes / limits.bytes)
+def _row(roof: Roof, kernel: str, size: str, flops: float, nbytes: float, took: float) -> Row:
+    predicted = roof.seconds(flops, nbytes)
     return Row(kernel, size, flops / took / 1e9, nbytes / took / 1e9, took * 1e3, predicted * 1e3)
 
 
@@ -108,7 +68,7 @@ def _matrices(
     yield "fp4", native.Matrix.from_fp4(codes[:, : inputs // 2].copy(), scales)
 
 
-def product_rows(native: Any, limits: Machine) -> Iterator[Row]:
+def product_rows(native: Any, roof: Roof, seconds: float) -> Iterator[Row]:
     """Every weight format: one row out of memory and out of a cache, a few, and many."""
     rng = np.random.default_rng(0)
     for rows, outputs, inputs in (
@@ -121,9 +81,9 @@ def product_rows(native: Any, limits: Machine) -> Iterator[Row]:
         y = np.empty((rows, outputs), np.float32)
         for kind, matrix in _matrices(native, outputs, inputs, rng):
             run = functools.partial(native.matmul, matrix, x, y, 1)
-            took = _time(run, limits.seconds)
+            took = cpu_time(run, seconds)
             yield _row(
-                limits,
+                roof,
                 f"product {kind}",
                 f"{rows} x {inputs} by {outputs}",
                 2 * rows * outputs * inputs,
@@ -132,7 +92,7 @@ def product_rows(native: Any, limits: Machine) -> Iterator[Row]:
             )
 
 
-def stream_rows(native: Any, limits: Machine) -> Iterator[Row]:
+def stream_rows(native: Any, roof: Roof, seconds: float) -> Iterator[Row]:
     """Reading the residual streams: projection, Sinkhorn, weighted sum and norm."""
     rng = np.random.default_rng(0)
     m, hidden, columns = TINY.hc_mult, TINY.hidden_size, TINY.hc_mult * (2 + TINY.hc_mult)
@@ -149,12 +109,12 @@ def stream_rows(native: Any, limits: Machine) -> Iterator[Row]:
         )  # fmt: skip
         flops = rows * (2 * columns * m * hidden + 4 * m * hidden)
         yield _row(
-            limits,
+            roof,
             "enter streams",
             f"{rows} x {m} x {hidden}",
             flops,
             streams.nbytes,
-            _time(run, limits.seconds),
+            cpu_time(run, seconds),
         )
 
 
@@ -169,7 +129,7 @@ def _matrix_elements(model: Transformer) -> float:
     )
 
 
-def network_rows(limits: Machine, contexts: Sequence[int]) -> Iterator[Row]:
+def network_rows(roof: Roof, contexts: Sequence[int]) -> Iterator[Row]:
     """Prefill up to each context, and decode from there; times per token."""
     model = Transformer(TINY)
     model.init_weights(torch.Generator().manual_seed(0))
@@ -194,10 +154,10 @@ def network_rows(limits: Machine, contexts: Sequence[int]) -> Iterator[Row]:
             count = min(_CHUNK_TOKENS, context - length)
             spent += feed(length, count)
             length, prefilled = length + count, prefilled + count
-        yield _row(limits, "tiny: prefill", f"{context}", 2 * elements, 0, spent / prefilled)
+        yield _row(roof, "tiny: prefill", f"{context}", 2 * elements, 0, spent / prefilled)
         took = sum(feed(length + i, 1) for i in range(_DECODE_TOKENS)) / _DECODE_TOKENS
         length += _DECODE_TOKENS
-        yield _row(limits, "tiny: decode", f"{context}", 2 * elements, 4 * elements, took)
+        yield _row(roof, "tiny: decode", f"{context}", 2 * elements, 4 * elements, took)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -236,15 +196,12 @@ def run(args: argparse.Namespace) -> int:
     native = cpu.native()
     if args.isa and not native.set_isa(args.isa):
         raise ConfigError(f"this machine has no {args.isa}")
-    limits = machine(args.seconds)
-    print(
-        f"{native.isa()}; one core: {limits.flops / 1e9:.0f} GFLOP/s in numpy's product, "
-        f"{limits.bytes / 1e9:.1f} GB/s reading"
-    )
+    roof = measure_roof(seconds=args.seconds)
+    print(f"{native.isa()}; {roof.words}")
     rows = [
-        *product_rows(native, limits),
-        *stream_rows(native, limits),
-        *network_rows(limits, args.contexts),
+        *product_rows(native, roof, args.seconds),
+        *stream_rows(native, roof, args.seconds),
+        *network_rows(roof, args.contexts),
     ]
     print(table(rows))
     if args.csv:

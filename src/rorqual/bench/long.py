@@ -25,6 +25,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rorqual.bench import targets
+from rorqual.bench.predict import (
+    PREDICTED,
+    all_weight_bytes,
+    long_predictions,
+    need_bytes,
+    prediction_line,
+)
 from rorqual.bench.report import (
     conditions,
     print_conditions,
@@ -32,12 +40,12 @@ from rorqual.bench.report import (
     table,
     write_csv,
 )
+from rorqual.bench.roof import measure_roof
 from rorqual.bench.setup import Setup, random_prompt
 from rorqual.engine.engine import Engine
 from rorqual.engine.request import Request, SamplingParams, TokenOutput
 from rorqual.errors import ConfigError, EngineError
 from rorqual.model.config import ModelConfig
-from rorqual.model.cost import cache_cost
 from rorqual.model.flops import Span, token_flops
 
 LENGTHS = (4_000, 16_000, 64_000, 128_000, 256_000, 512_000, 1_000_000)
@@ -112,6 +120,11 @@ def run(args: argparse.Namespace, argv: Sequence[str], model: Path | None) -> in
         raise ConfigError("--decode-tokens must be >= 3")
     header = conditions(["rorqual", "bench", "long"], argv) | {"threads": str(setup.threads)}
     print_conditions(header)
+    roof = measure_roof(int(all_weight_bytes(setup)))
+    header["roof"] = roof.words
+    print(f"# roof: {roof.words}", flush=True)
+    predictions = long_predictions(replace(setup, threads=1), roof, lengths)
+    print(table(PREDICTED, [prediction_line(p) for p in predictions], words_last=True))
     memory = int(setup.bytes_per_token * (longest + _SLACK_TOKENS))
     with tempfile.TemporaryDirectory(prefix="rorqual-bench-") as folder:
         setup = replace(setup, memory_bytes=memory, directory=Path(folder))
@@ -120,12 +133,17 @@ def run(args: argparse.Namespace, argv: Sequence[str], model: Path | None) -> in
         restart, rates = _in_new_process(_answer_again, one, lengths, told)
     rows = [replace(row, decode_tokens_per_cpu_s=r) for row, r in zip(rows, rates, strict=True)]
     rows, constants = fit(setup.config, rows)
-    _print(setup, rows, constants, restart)
+    _print(rows, constants)
+    need = need_bytes(setup, rows[-1].formula_bytes)
+    verdicts = targets.judge_long(rows, restart, need, predictions)
+    print(f"\n{table(targets.HEAD, [targets.line(row) for row in verdicts], words_last=True)}")
     if args.csv is not None:
         args.csv.mkdir(parents=True, exist_ok=True)
         name = "tiny" if model is None else model.name
         write_csv(args.csv / f"long_{name}.csv", header, rows)
         write_csv(args.csv / f"restart_{name}.csv", header, [restart])
+        write_csv(args.csv / f"long_predictions_{name}.csv", header, predictions)
+        write_csv(args.csv / f"long_targets_{name}.csv", header, verdicts)
     if args.plot is not None:
         from rorqual.bench.long_plot import plot
 
@@ -309,9 +327,7 @@ def _by_kind(config: ModelConfig, span: Span) -> list[float]:
 
 
 # ---- printed ----------------------------------------------------------------------------------
-def _print(
-    setup: Setup, rows: Sequence[LongRow], constants: Constants, restart: RestartRow
-) -> None:
+def _print(rows: Sequence[LongRow], constants: Constants) -> None:
     head = [
         *("context", "prefill/cpu-s", "predicted", "decode/cpu-s", "predicted"),
         *("cache MB", "formula", "RSS MB", "peak", "wall s"),
@@ -335,20 +351,3 @@ def _print(
     for phase, found in constants.items():
         named = ", ".join(f"{kind} {ns:.4f}" for kind, ns in zip(KINDS, found, strict=True))
         print(f"{phase}, fitted CPU ns per FP8 operation: {named}")
-    last = rows[-1]
-    weights = sum(p.numel() * p.element_size() for p in setup.network().parameters())
-    state = cache_cost(setup.config, float_bytes=4)
-    need = weights + last.formula_bytes + state.window_bytes + state.tail_bytes
-    own = last.peak_rss_bytes - last.library_bytes
-    print(
-        f"decode at {rows[0].context_tokens:,} over {last.context_tokens:,}: "
-        f"{rows[0].decode_tokens_per_cpu_s / last.decode_tokens_per_cpu_s:.2f}x slower\n"
-        f"weights + formula: {need / 1e6:.0f} MB; peak RSS {last.peak_rss_bytes / need:.2f} of it, "
-        f"{own / need:.2f} without the {last.library_bytes / 1e6:.0f} MB of interpreter and "
-        f"libraries\n"
-        f"after a restart: loaded in {restart.load_wall_s:.1f} s, "
-        f"{restart.cached_tokens:,} of {restart.context_tokens:,} tokens cached, "
-        f"first token after {restart.answer_wall_s:.1f} s, "
-        f"peak RSS {restart.peak_rss_bytes / 1e6:.0f} MB, "
-        f"{restart.same_tokens}/{restart.answer_tokens} tokens as before"
-    )

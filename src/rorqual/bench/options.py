@@ -8,8 +8,10 @@ from pathlib import Path
 
 PEERS = ("llama-cpp-python", "flyweight-llm", "transformers")
 """Other engines, by the names of their packages."""
-PARTS = ("speed", "reuse", "streams", "busy", "weights", "guesses")
+PARTS = ("speed", "reuse", "disk", "streams", "busy", "isa", "weights", "guesses")
 """Of the engine's benchmark."""
+ISAS = ("scalar", "avx2", "avx512")
+"""Instructions the kernels are built for."""
 _LENGTHS = (1024, 4096, 16384, 32768)
 _UNITS = {"k": 1_000, "m": 1_000_000}
 
@@ -66,7 +68,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 def add_kernel_options(parser: argparse.ArgumentParser) -> None:
     """Of ``kernels.run``."""
-    parser.add_argument("--isa", choices=("scalar", "avx2", "avx512"), help="instead of the best")
+    parser.add_argument("--isa", choices=ISAS, help="instead of the best")
     parser.add_argument("--contexts", type=token_counts, default=[1024, 4096, 16384], metavar="N,N")
     parser.add_argument("--seconds", type=float, default=0.6, help="CPU time per kernel")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows there")

@@ -62,16 +62,37 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(line for line in file if not line.startswith("#")))
 
 
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Aligned columns; the first to the left, the others to the right."""
+def read_conditions(path: Path) -> dict[str, str]:
+    """The conditions of a file of ``write_csv``."""
+    found = {}
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.startswith("# "):
+                key, _, value = line[2:].rstrip("\n").partition(": ")
+                found[key] = value
+    return found
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]], *, words_last: bool = False) -> str:
+    """Aligned columns; the first to the left, the others to the right.
+
+    words_last: the last column to the left, too.
+    """
     widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+    left = {0, len(head) - 1} if words_last else {0}
     return "\n".join(
         "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in (head, *lines)
     )
+
+
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table of a Markdown page."""
+    rule = ["---"] * len(head)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
 
 
 def rss_bytes() -> tuple[int, int]:

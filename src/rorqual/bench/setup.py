@@ -6,15 +6,18 @@ A ``Setup`` is plain data, so that a measurement can be handed to a process of i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from rorqual.engine.cache.config import CacheConfig
+from rorqual.engine.cache.plan import CheckpointPolicy
 from rorqual.engine.engine import Engine, EngineConfig
 from rorqual.engine.native_backend import NativeBackend, fingerprint_of
 from rorqual.engine.scheduler import SchedulerLimits
+from rorqual.errors import ConfigError
+from rorqual.kernels import cpu
 from rorqual.kernels.layout import EntryFormat, KeyFormat, entry_nbytes, key_nbytes
 from rorqual.model.checkpoint import load_model, read_config
 from rorqual.model.config import TINY, ModelConfig, is_overlapping
@@ -39,8 +42,12 @@ class Setup:
     memory_bytes: int = 1 << 30
     max_running: int = 1
     speculate: bool = False
+    policy: CheckpointPolicy = field(default_factory=CheckpointPolicy)
+    """Where windows are kept, to restart from."""
     directory: Path | None = None
     """Where the cache is kept on disk."""
+    isa: str | None = None
+    """Instructions the kernels of the whole process use from then on; None: the best there are."""
 
     @property
     def config(self) -> ModelConfig:
@@ -67,8 +74,11 @@ class Setup:
         """A running engine; close it, or use it as a context manager.
 
         Raises:
+            ConfigError: this machine lacks the instructions asked for.
             NativeMissingError: the kernels were not built.
         """
+        if self.isa is not None and not cpu.native().set_isa(self.isa):
+            raise ConfigError(f"this machine has no {self.isa}")
         network = self.network()
         native = NativeNetwork(
             network,
@@ -80,6 +90,7 @@ class Setup:
         cache = CacheConfig(
             memory_bytes=self.memory_bytes,
             max_sequences=self.max_running,
+            policy=self.policy,
             directory=self.directory,
         )
         backend = NativeBackend(

@@ -31,9 +31,10 @@ from rorqual.model.cost import cache_cost
 
 OURS = "rorqual"
 LLAMA = "llama-cpp-python"
+FLYWEIGHT = "flyweight-llm"
 _FROM_GGUF: dict[str, Callable[[Path], Peer]] = {
     LLAMA: LlamaCppPeer,
-    "flyweight-llm": FlyweightPeer,
+    FLYWEIGHT: FlyweightPeer,
 }
 COMPACT = "rorqual, compact"
 """Our engine with the released models' own cache records."""

@@ -1,13 +1,15 @@
-"""``rorqual bench``: speed, memory and cache of the engine, measured here and now."""
+"""``rorqual bench``: the engine and the sandboxes, measured here and now."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from rorqual.bench.options import add_engine_options, add_kernel_options, add_long_options
 from rorqual.cli.models import DEFAULT_MODEL, available_models, resolve_model
+from rorqual.errors import ConfigError
 
 _TINY = "tiny"
 
@@ -16,8 +18,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Register the subcommand and its benchmarks."""
     parser = subparsers.add_parser(
         "bench",
-        help="measure the engine: against its targets, kernel by kernel, over a long context",
-        description="Measure the native engine. Numbers of one run are comparable, others hardly.",
+        help="measure the engine and the sandboxes, beside others",
+        description="Measure the engine or sandboxes. Numbers of one run are comparable, others "
+        "hardly.",
     )
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     _add(kinds, "engine", "the targets, beside other engines", _engine, add_engine_options)
@@ -29,6 +32,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help=f"checkpoint directory, built-in model name, or {_TINY}: random weights "
         "(default: %(default)s)",
     )
+    _add(kinds, "sandbox", "sandboxes, beside the raw tools", _sandbox, _add_sandbox_options)
+
+
+def _add_sandbox_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repetitions", type=int, default=20, metavar="N", help="(default: 20)")
+    parser.add_argument(
+        "--density",
+        type=int,
+        default=300,
+        metavar="N",
+        help="containers alive at once, 0 for none (default: 300)",
+    )
+    parser.add_argument(
+        "--root", type=Path, help="where sandboxes are kept (default: the system's)"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them there")
 
 
 def _add(
@@ -62,6 +82,14 @@ def _long(args: argparse.Namespace) -> int:
 
     model = None if args.model == _TINY else resolve_model(args.model)
     return run(args, _words("long"), model)
+
+
+def _sandbox(args: argparse.Namespace) -> int:
+    from rorqual.bench.sandbox import run
+
+    if args.repetitions < 1 or args.density < 0:
+        raise ConfigError("--repetitions is at least 1 and --density at least 0")
+    return run(args, _words("sandbox"))
 
 
 def _words(name: str) -> list[str]:

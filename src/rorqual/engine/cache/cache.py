@@ -34,7 +34,7 @@ from rorqual.engine.cache.checkpoint import (
 from rorqual.engine.cache.config import Admission, CacheConfig, CacheStats
 from rorqual.engine.cache.plan import (
     ReusePlan,
-    keeps_checkpoint,
+    checkpoint_share,
     last_boundary,
     next_stop,
     plan_reuse,
@@ -55,6 +55,8 @@ from rorqual.kernels.layout import BLOCK_TOKENS, CacheLayout
 _log = logging.getLogger(__name__)
 _EVICTION_SHARE = 128
 """Evicting frees at least this fraction of the memory at once: choosing what goes is not free."""
+_THINNING_SHARE = 16
+"""The same of what dense checkpoints may take."""
 
 
 class PrefixCache:
@@ -205,7 +207,7 @@ class PrefixCache:
         self._save(sequence)
         if sequence.pending_checkpoint is not None:
             whole = sequence.length // BLOCK_TOKENS
-            self._keep(sequence.nodes[whole - 1], sequence.pending_checkpoint)
+            self._keep(sequence.nodes[whole - 1], sequence.pending_checkpoint, 1.0)
             sequence.pending_checkpoint = None
         for block in sequence.block_table.tolist():
             self.blocks.release(block)
@@ -336,16 +338,30 @@ class PrefixCache:
         if at < plan.exact_from:
             return
         node = sequence.nodes[at // BLOCK_TOKENS - 1]
-        if keeps_checkpoint(policy, plan, at):
-            self._keep(node, export_checkpoint(self.layout, sequence.state, at))
-        elif policy.at_ends and at > last_boundary(plan.prompt_tokens):
-            sequence.pending_checkpoint = export_checkpoint(self.layout, sequence.state, at)
+        share = checkpoint_share(policy, plan, at)
+        may_be_last = policy.at_ends and share < 1 and at > last_boundary(plan.prompt_tokens)
+        if not share and not may_be_last:
+            return
+        try:
+            checkpoint = export_checkpoint(self.layout, sequence.state, at)
+        except OSError as error:
+            _log.warning("windows are not kept at token %d: %s", at, error)
+            return
+        if may_be_last:
+            sequence.pending_checkpoint = checkpoint
+        if share:
+            self._keep(node, checkpoint, share)
 
-    def _keep(self, node: Node, checkpoint: Bytes) -> None:
-        if self._store is not None:
+    def _keep(self, node: Node, checkpoint: Bytes, share: float) -> None:
+        is_dense = share < 1
+        if self._store is not None and not is_dense:
             self._store.offer("checkpoint", node.digest, node.digest, checkpoint.tobytes())
-        if node.checkpoint is None and self._make_room(checkpoint.nbytes):
-            self._tree.keep_checkpoint(node, checkpoint)
+        if node.checkpoint is not None:
+            node.share = max(node.share, share)
+            return
+        make_room = self._thin_out if is_dense else self._make_room
+        if make_room(checkpoint.nbytes):
+            self._tree.keep_checkpoint(node, checkpoint, share)
             self._checkpoint_bytes += checkpoint.nbytes
 
     def _save(self, sequence: SequenceCache) -> None:
@@ -391,6 +407,24 @@ class PrefixCache:
             self._totals.evicted_blocks += shed.block >= 0
             self._totals.evicted_checkpoints += shed.checkpoint is not None
             if self._used_bytes + room <= budget:
+                break
+        return True
+
+    def _thin_out(self, nbytes: int) -> bool:
+        """Make room for a dense checkpoint at the cost of other checkpoints only."""
+        limit = min(
+            int(self.config.dense_share * self._budget),
+            self._budget - self.blocks.num_used * self.blocks.block_nbytes,
+        )
+        if nbytes > limit:
+            return False
+        if self._checkpoint_bytes + nbytes <= limit:
+            return True
+        room = max(nbytes, limit // _THINNING_SHARE)
+        for shed in self._tree.shed(time.monotonic(), lambda _: True, self.blocks.block_nbytes):
+            self._free(shed.checkpoint, shed.block)
+            self._totals.evicted_checkpoints += 1
+            if self._checkpoint_bytes + room <= limit:
                 break
         return True
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rorqual.engine.cache.pool import Bytes
+from rorqual.engine.cache.pool import Bytes, mapped
 from rorqual.kernels.layout import BLOCK_TOKENS, CacheLayout
 
 
@@ -35,9 +35,12 @@ def export_checkpoint(layout: CacheLayout, state: Bytes, position: int) -> Bytes
     """Copy out of ``state``, which has consumed exactly ``position`` tokens.
 
     position: a multiple of ``BLOCK_TOKENS``, at least one block.
+
+    Memory of its own from the system: out of the allocator's heap, what is dropped between others
+    that stay would be lost to everybody. Raises OSError if the system has none.
     """
     _check(position)
-    data = np.empty(checkpoint_nbytes(layout), np.uint8)
+    _, data = mapped(checkpoint_nbytes(layout))
     done = 0
     for ring in _rings(layout):
         size = ring.kept * ring.row_nbytes

@@ -25,6 +25,9 @@ class CacheConfig:
     max_sequences: int = 8
     """Sequences that hold a state at the same time."""
     policy: CheckpointPolicy = field(default_factory=CheckpointPolicy)
+    dense_share: float = 0.125
+    """Of ``memory_bytes``: a dense checkpoint is kept while all checkpoints fit into this, at the
+    cost of others, never of entries."""
     half_life_s: float = 600.0
     """After this time without a use, a cached block counts half."""
     directory: Path | None = None
@@ -36,6 +39,8 @@ class CacheConfig:
         for name in ("memory_bytes", "max_sequences", "half_life_s", "disk_bytes"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
+        if not 0 <= self.dense_share <= 1:
+            raise ConfigError(f"dense_share must be 0 to 1, got {self.dense_share}")
 
 
 class Admission(NamedTuple):

@@ -21,13 +21,17 @@ class CheckpointPolicy:
     """At which block boundaries windows are kept.
 
     Raises:
-        ConfigError: the period is not a positive multiple of ``BLOCK_TOKENS``.
+        ConfigError: a period is not a positive multiple of ``BLOCK_TOKENS``.
     """
 
     kind: PolicyKind = "periodic"
     """``full``: every boundary; a prompt is then fed one block at a time. ``periodic``: every
     ``period_tokens``. ``zero``: none."""
     period_tokens: int = 2048
+    dense_tokens: int | None = 256
+    """``periodic`` only: in memory, not on disk, also every so many, while there is room for them
+    (``CacheConfig.dense_share``). What goes first is every other one, then every other one of the
+    rest. None: not."""
     at_ends: bool = True
     """Also at the last whole block of a prompt, of an answer, and of a prefix that two prompts
     turned out to share. The report's zero policy is ``zero`` without this."""
@@ -35,11 +39,12 @@ class CheckpointPolicy:
     def __post_init__(self) -> None:
         if self.kind not in ("full", "periodic", "zero"):
             raise ConfigError(f"checkpoint policy must be full, periodic or zero, got {self.kind}")
-        if self.period_tokens < 1 or self.period_tokens % BLOCK_TOKENS:
-            raise ConfigError(
-                f"period_tokens must be a positive multiple of {BLOCK_TOKENS}, "
-                f"got {self.period_tokens}"
-            )
+        for name in ("period_tokens", "dense_tokens"):
+            period = getattr(self, name)
+            if period is not None and (period < 1 or period % BLOCK_TOKENS):
+                raise ConfigError(
+                    f"{name} must be a positive multiple of {BLOCK_TOKENS}, got {period}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +109,29 @@ def plan_reuse(
     )
 
 
-def keeps_checkpoint(policy: CheckpointPolicy, plan: ReusePlan, boundary: int) -> bool:
-    """Whether the block boundary keeps its checkpoint for good."""
+def checkpoint_share(policy: CheckpointPolicy, plan: ReusePlan, boundary: int) -> float:
+    """What the block boundary's checkpoint counts for: 1 if it is kept for good, 0 if not at all.
+
+    Between them it is a dense one: kept in memory while there is room, and worth half as much as
+    those twice as far apart.
+    """
     if policy.kind == "full":
-        return True
+        return 1.0
     if policy.kind == "periodic" and boundary % policy.period_tokens == 0:
-        return True
-    return policy.at_ends and boundary in (plan.matched_tokens, last_boundary(plan.prompt_tokens))
+        return 1.0
+    ends = (plan.matched_tokens, last_boundary(plan.prompt_tokens))
+    if policy.at_ends and boundary in ends:
+        return 1.0
+    dense = policy.dense_tokens
+    if policy.kind != "periodic" or dense is None or boundary % dense:
+        return 0.0
+    spacing = dense * _largest_power_of_2_in(boundary // dense)
+    return min(0.5, spacing / policy.period_tokens)
+
+
+def _largest_power_of_2_in(number: int) -> int:
+    """The largest that divides ``number`` >= 1."""
+    return number & -number
 
 
 def next_stop(policy: CheckpointPolicy, plan: ReusePlan, position: int) -> int | None:
@@ -125,7 +146,9 @@ def next_stop(policy: CheckpointPolicy, plan: ReusePlan, position: int) -> int |
         return block
     stops: list[int] = []
     if policy.kind == "periodic":
-        stops.append(position // policy.period_tokens * policy.period_tokens + policy.period_tokens)
+        for period in (policy.period_tokens, policy.dense_tokens):
+            if period is not None:
+                stops.append(position // period * period + period)
     if policy.at_ends:
         end = last_boundary(plan.prompt_tokens)
         stops += [stop for stop in (plan.matched_tokens, end) if stop > position]

@@ -126,7 +126,7 @@ class BlockPool:
         return self._slabs[slab], index
 
     def _add_slab(self) -> None:
-        mapping, slab = _map(self.layout.slab_nbytes)
+        mapping, slab = mapped(self.layout.slab_nbytes)
         if self._on_slab is not None:
             self._on_slab(slab)
         first = len(self._holders)
@@ -166,7 +166,7 @@ class StatePool:
             state = self._free.pop()
             state.fill(0)
         else:
-            state = _map(self._nbytes)[1]
+            state = mapped(self._nbytes)[1]
         self._held[id(state)] = state
         return state
 
@@ -188,7 +188,10 @@ def _pieces(layout: CacheLayout) -> list[tuple[int, int]]:
     return found
 
 
-def _map(nbytes: int) -> tuple[mmap.mmap, Bytes]:
-    """Zeroed memory that costs nothing until touched."""
+def mapped(nbytes: int) -> tuple[mmap.mmap, Bytes]:
+    """Zeroed memory that costs nothing until touched and goes back to the system with the array.
+
+    Raises OSError if the system has none.
+    """
     mapping = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return mapping, np.frombuffer(mapping, np.uint8)

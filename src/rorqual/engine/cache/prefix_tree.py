@@ -31,7 +31,7 @@ class Node:
     """One block. ``block`` is -1 for the root only."""
 
     __slots__ = (
-        "block", "checkpoint", "children", "digest", "key", "last_use", "parent", "uses",
+        "block", "checkpoint", "children", "digest", "key", "last_use", "parent", "share", "uses",
     )  # fmt: skip
 
     def __init__(self, parent: Node | None, key: bytes, block: int, digest: bytes) -> None:
@@ -42,6 +42,8 @@ class Node:
         self.children: dict[bytes, Node] | None = None
         self.checkpoint: Bytes | None = None
         """The state after this block, if kept."""
+        self.share = 0.0
+        """What it counts for, up to 1; see ``plan.checkpoint_share``."""
         self.uses = 0.0
         """Decayed count up to ``last_use``; being computed counts as the first use."""
         self.last_use = 0.0
@@ -99,10 +101,10 @@ class PrefixTree:
         self.num_nodes += 1
         return node
 
-    def keep_checkpoint(self, node: Node, checkpoint: Bytes) -> None:
+    def keep_checkpoint(self, node: Node, checkpoint: Bytes, share: float) -> None:
         """Attach a checkpoint to a node that has none."""
         assert node.checkpoint is None
-        node.checkpoint = checkpoint
+        node.checkpoint, node.share = checkpoint, share
         self._with_checkpoint[node] = None
 
     def use(self, nodes: Sequence[Node], now: float) -> None:
@@ -119,13 +121,14 @@ class PrefixTree:
         Worth is (decayed uses) x tokens / bytes, the least recently used first among equals.
         Blocks go from the leaves inwards and never while ``is_held``. A checkpoint saves the
         recomputation of one window of tokens but takes several blocks' bytes: it goes first unless
-        it is used much more.
+        it is used much more. A dense one saves less, for its neighbours are near.
         """
         order = itertools.count()
         heap: list[tuple[float, float, int, bool, Node]] = []
 
         def push(node: Node, nbytes: int, *, is_block: bool) -> None:
-            worth = self._uses(node, now) * BLOCK_TOKENS / nbytes
+            share = 1.0 if is_block else node.share
+            worth = self._uses(node, now) * share * BLOCK_TOKENS / nbytes
             heapq.heappush(heap, (worth, node.last_use, next(order), is_block, node))
 
         for node in self._with_checkpoint:
