@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -273,6 +273,43 @@ def test_results_do_not_depend_on_chunks_neighbours_or_threads(seed: int) -> Non
             got[i].append(part)
     for mine, theirs in zip(got, want, strict=True):
         np.testing.assert_array_equal(np.concatenate(mine), theirs)
+
+
+@pytest.fixture(params=["avx512", "avx2", "scalar"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An instruction set, in use until the test ends."""
+    native = cpu.native()
+    best, wanted = native.isa(), request.param
+    known = ["scalar", "avx2", "avx512"]
+    if known.index(wanted) > known.index(best):
+        pytest.skip(f"this machine has no {wanted}")
+    native.set_isa(wanted)
+    yield wanted
+    native.set_isa(best)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_streams_decode_and_draft_as_each_does_alone(isa: str, threads: int) -> None:
+    """From one stream to more rows than any kernel works at once, some with two tokens a step."""
+    model = random_model(SMALL)
+    tokens = [random_tokens(3, seed) for seed in range(13)]
+    alone, together = network_for(model), network_for(model, threads=threads)
+    mine = [Fed(alone, [i]) for i in range(13)]
+    theirs = [Fed(together, [i]) for i in range(13)]
+    for count, size in ((13, 3), (1, 1), (2, 1), (5, 1), (8, 1), (11, 2)):
+        parts = [own[:size] for own in tokens[:count]]
+        want = [fed.feed(part, ADVANCE_DRAFT) for fed, part in zip(mine, parts, strict=False)]
+        segments = [fed.segment(size, ADVANCE_DRAFT) for fed in theirs[:count]]
+        flat = np.concatenate(parts)
+        got = together.step(flat, segments, np.arange(len(flat), dtype=np.int64))
+        np.testing.assert_array_equal(got, np.concatenate(want))
+        guess = np.array([part[0] for part in parts], np.int32)
+        drafted = together.draft(
+            guess,
+            [NativeSegment(1, fed.length - 1, fed.state, fed.blocks) for fed in theirs[:count]],
+        )
+        alone_drafts = [fed.draft(int(g)) for fed, g in zip(mine, guess, strict=False)]
+        np.testing.assert_array_equal(drafted, np.stack(alone_drafts))
 
 
 def test_avx2_and_avx512_give_the_same_bits() -> None:

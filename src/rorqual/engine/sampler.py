@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,15 +69,27 @@ def sample(logits_BV: Tensor, rows: Sequence[SamplerRow]) -> list[int | None]:
         for logits_V, row in zip(logits_BV, rows, strict=True):
             if row.has_penalty:
                 _penalise(logits_V, row)
-    best_BV, best_B = logits_BV.max(dim=-1)
-    tokens = best_B.tolist()
+    tokens, healthy = _best(logits_BV)
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if drawn:
         picks = _draw(logits_BV[drawn], [rows[i] for i in drawn])
         for i, token in zip(drawn, picks, strict=True):
             tokens[i] = token
-    healthy = best_BV.isfinite().tolist()
     return [token if ok else None for token, ok in zip(tokens, healthy, strict=True)]
+
+
+def _best(logits_BV: Tensor) -> tuple[list[int], list[bool]]:
+    """The most likely token of each row, and whether its logit is finite; NaN counts as greatest.
+
+    On a CPU through numpy, whose argmax of a row is many times faster.
+    """
+    if logits_BV.device.type == "cpu":
+        logits = logits_BV.detach().numpy()
+        ids = logits.argmax(-1)
+        finite = np.isfinite(logits[np.arange(len(ids)), ids])
+        return ids.tolist(), finite.tolist()
+    best_B, ids_B = logits_BV.max(dim=-1)
+    return ids_B.tolist(), best_B.isfinite().tolist()
 
 
 def logprobs(

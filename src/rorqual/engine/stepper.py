@@ -303,7 +303,9 @@ class Stepper:
     ) -> list[tuple[Work, int]]:
         """Draw after guess ``depth`` of each; returns those whose next guess was right."""
         sequences = [work.sequence for work, _ in ready]
-        logits_BV = logits_RV[[row + depth for _, row in ready]]
+        wanted = [row + depth for _, row in ready]
+        is_all = wanted == list(range(len(logits_RV)))  # then there is nothing to copy
+        logits_BV = logits_RV if is_all else logits_RV[wanted]
         rows = [sequence.row for sequence in sequences]
         allowed = restrict(logits_BV, [sequence.constraint for sequence in sequences])
         tokens = sampler.sample(allowed.logits_BV, rows)

@@ -14,14 +14,17 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int kChains = 8;      // panels in flight for one row
+constexpr int kSums = 16;       // rows x panels in flight for several
 constexpr int kTileRows = 12;   // rows x panels of accumulators that fit the registers
 constexpr int kTilePanels = 2;
 #elif defined(__AVX2__)
 constexpr int kChains = 4;
+constexpr int kSums = 4;
 constexpr int kTileRows = 6;
 constexpr int kTilePanels = 1;
 #else
 constexpr int kChains = 4;
+constexpr int kSums = 4;
 constexpr int kTileRows = 4;
 constexpr int kTilePanels = 1;
 #endif
@@ -159,7 +162,8 @@ void direct(const Panels& w, const float* x, int64_t ldx, float* y, int64_t ldy,
 template <class Format, int ROWS>
 void direct_rows(const Panels& w, const float* x, int64_t ldx, float* y, int64_t ldy,
                  int64_t first, int64_t last) {
-    constexpr int wide = kChains / ROWS > 1 ? kChains / ROWS : 1;
+    constexpr int fits = ROWS == 1 ? kChains : kSums / ROWS;
+    constexpr int wide = fits > kChains ? kChains : fits > 1 ? fits : 1;
     int64_t panel = first;
     for (; panel + wide <= last; panel += wide) direct<Format, ROWS, wide>(w, x, ldx, y, ldy, panel);
     if constexpr (wide > 4)
@@ -248,6 +252,9 @@ void multiply_as(const Panels& w, const float* x, int64_t rows, int64_t ldx, flo
                  int64_t first, int64_t last) {
     if (rows <= 2 * kDirectRows) {
         int64_t r = 0;
+        if constexpr (kSums >= 16)
+            for (; r + 8 <= rows; r += 8)
+                direct_rows<Format, 8>(w, x + r * ldx, ldx, y + r * ldy, ldy, first, last);
         for (; r + 4 <= rows; r += 4)
             direct_rows<Format, 4>(w, x + r * ldx, ldx, y + r * ldy, ldy, first, last);
         for (; r + 2 <= rows; r += 2)

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <string>
 #include <vector>
 
@@ -35,6 +36,22 @@ struct Embedding {
     std::vector<uint16_t> narrow;
 };
 
+// Threads and the temporaries they work in.
+struct Team {
+    explicit Team(int num_threads)
+        : pool(num_threads), workers(static_cast<size_t>(num_threads)) {}
+    ThreadPool pool;
+    Scratch scratch;
+    std::vector<Scratch> workers;
+};
+
+// The logits a step is to return.
+struct Wanted {
+    const int64_t* rows;  // numbers of the step's tokens, ascending
+    int64_t count;
+    float* out;  // [count, vocab]
+};
+
 class Network {
 public:
     Network(const Shape& shape, const CacheLayout& layout, const Weights& weights,
@@ -55,16 +72,25 @@ public:
     void draft(const int32_t* tokens, const Segment* segments, int64_t count, float* out);
 
 private:
-    Context context() { return {shape_, layout_, slabs_, pool_, scratch_, workers_}; }
-    void wave(const int32_t* tokens, const Segment* segments, int64_t count, int64_t rows,
-              float* streams);
-    void run_block(const BlockWeights& block, const int32_t* tokens, const Segments& segments,
-                   float* streams);
-    void advance_mtp(const int32_t* tokens, const Segment* segments, int64_t count,
-                     const float* streams);
-    Segments locate(const Segment* segments, int64_t count, int64_t rows);
+    Context context(Team& team) const {
+        return {shape_, layout_, slabs_, team.pool, team.scratch, team.workers};
+    }
+    // Calls f(context, segments, count, first_row, rows), once for all segments and the whole team,
+    // or for a part of them on each thread.
+    template <class F>
+    void share_out(const Segment* segments, int64_t count, int64_t rows, const F& f);
+    void wave(Context& context, const int32_t* tokens, const Segment* segments, int64_t count,
+              int64_t rows, int64_t first_token, const Wanted& wanted) const;
+    void run_block(Context& context, const BlockWeights& block, const int32_t* tokens,
+                   const Segments& segments, float* streams) const;
+    void advance_mtp(Context& context, const int32_t* tokens, const Segment* segments,
+                     int64_t count, const float* streams) const;
+    void answer(Context& context, const HyperWeights& merge, const std::vector<float>& norm,
+                const float* streams, int64_t rows, float* out) const;
+    Segments locate(Scratch& scratch, const Segment* segments, int64_t count, int64_t rows) const;
     void embed(const int32_t* tokens, int64_t rows, float* out) const;
-    void combine(const int32_t* next_tokens, const float* before, int64_t rows, float* streams);
+    void combine(Context& context, const int32_t* next_tokens, const float* before, int64_t rows,
+                 float* streams) const;
     float* pending(const Segment& segment, int64_t position) const;
     BlockWeights load_block(const Weights& weights, const std::string& prefix, int64_t index,
                             bool hashed) const;
@@ -72,9 +98,8 @@ private:
     Shape shape_;
     CacheLayout layout_;
     Slabs slabs_;
-    ThreadPool pool_;
-    Scratch scratch_;
-    std::vector<Scratch> workers_;
+    Team team_;
+    std::deque<Team> alone_;  // every thread of the team as a team of one
     Embedding embedding_;
     std::vector<float> plain_frequencies_, compressing_frequencies_;
     std::vector<BlockWeights> blocks_;
