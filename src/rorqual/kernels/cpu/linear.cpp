@@ -1,10 +1,16 @@
 #include "linear.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <new>
+#include <utility>
 
 #include "codes.h"
 #include "elementwise.h"
@@ -14,13 +20,52 @@ namespace rorqual {
 
 namespace {
 
+constexpr size_t kLargePage = size_t{2} << 20;
+constexpr size_t kChunk = size_t{16} << 20;
+
+// Memory for many matrices. A step visits hundreds of small ones all over it: in pages of 4 KiB it
+// waits for the page table as well as for the bytes.
+class Chunk {
+  public:
+    explicit Chunk(size_t size)
+        : size_((size + kLargePage - 1) / kLargePage * kLargePage),
+          data_(static_cast<uint8_t*>(std::aligned_alloc(kLargePage, size_))) {
+        if (!data_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+        madvise(data_, size_, MADV_HUGEPAGE);  // a wish: without it all is right and a bit slower
+#endif
+    }
+    ~Chunk() { std::free(data_); }
+    Chunk(const Chunk&) = delete;
+    Chunk& operator=(const Chunk&) = delete;
+
+    bool fits(size_t size) const { return size <= size_ - used_; }
+    uint8_t* take(size_t size) {
+        uint8_t* taken = data_ + used_;
+        used_ += size;
+        return static_cast<uint8_t*>(std::memset(taken, 0, size));
+    }
+
+  private:
+    size_t size_;
+    uint8_t* data_;
+    size_t used_ = 0;
+};
+
+// Zeroed, at a multiple of 64 bytes; a chunk is freed with the last of what lies in it.
 template <class T>
 std::shared_ptr<T> aligned(int64_t count) {
+    static std::mutex mutex;
+    static std::weak_ptr<Chunk> last;
     const size_t size = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
-    void* data = std::aligned_alloc(64, size);
-    if (!data) throw std::bad_alloc();
-    std::memset(data, 0, size);
-    return std::shared_ptr<T>(static_cast<T*>(data), std::free);
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::shared_ptr<Chunk> chunk = last.lock();
+    if (!chunk || !chunk->fits(size)) {
+        chunk = std::make_shared<Chunk>(std::max(size, kChunk));
+        last = chunk;
+    }
+    T* data = reinterpret_cast<T*>(chunk->take(size));
+    return std::shared_ptr<T>(std::move(chunk), data);
 }
 
 // An empty matrix of `step` bytes per output for every `group` inputs.
