@@ -176,6 +176,19 @@ def test_exact_keys_are_chosen_as_by_the_reference(
     assert got == [sorted(i for i in row.tolist() if i >= 0) for row in wanted]
 
 
+@pytest.mark.parametrize("signs", [(1, 1, 1), (1, -1, 1), (-1, 1, -1), (-1, -1, 0)])
+def test_far_keys_are_chosen_as_by_the_reference(native: object, signs: tuple[int, ...]) -> None:
+    """So many keys per wanted one that most are ruled out by their heads of positive weight."""
+    generator = torch.Generator().manual_seed(11)
+    keys = torch.randint(-2, 3, (3000, 32), generator=generator).float()
+    q = torch.randint(-2, 3, (3, len(signs), 32), generator=generator).float()
+    weight = torch.randint(1, 4, q.shape[:2], generator=generator) * torch.tensor(signs).float()
+    scores = reference.indexer_scores(q, weight, keys)
+    wanted = reference.select_entries(scores, _visible(3000, 3), 5)
+    got = _select(native, keys, q, weight, "fp32", 5)
+    assert got == [sorted(row.tolist()) for row in wanted]
+
+
 @pytest.mark.parametrize("heads", [1, 4, 6])
 def test_fp4_values_are_scored_exactly(native: object, heads: int) -> None:
     generator = torch.Generator().manual_seed(5)

@@ -15,7 +15,7 @@ constexpr int64_t kInlineMacs = 1 << 20;  // below this, waking threads costs mo
 
 // A segment's window and new entries in float32, as they read back from storage.
 struct Recent {
-    float* rows;  // one per position from `first` on, kTileSlack rows of zeros behind
+    const float** rows;  // one per position from `first` on
     int64_t first;
 };
 
@@ -37,7 +37,9 @@ public:
                  static_cast<float>(std::pow(static_cast<double>(context.shape.head_dim), -0.5)),
                  context.shape.official},
           sink_(sink),
-          selection_(selection) {}
+          selection_(selection),
+          in_place_(context.layout.entry_format == EntryFormat::fp32 &&
+                    shape_.dim == shape_.stride()) {}
 
     int64_t queries_at_once() const {
         const int64_t floats = shape_.query_floats() + shape_.state_floats();
@@ -50,18 +52,22 @@ public:
         const int64_t dim = shape_.dim, stride = shape_.stride();
         const int64_t past = std::min(segment.start, layout_.window - 1);
         const int64_t count = past + segment.tokens;
-        const Recent made{scratch.floats((count + kTileSlack) * stride), segment.start - past};
+        const Recent made{scratch.take<const float*>(count), segment.start - past};
         const uint8_t* ring = segment.state + layer_.window;
+        float* rows = scratch.floats(in_place_ ? 0 : count * stride);
         auto* passing = scratch.take<uint8_t>(layout_.entry_nbytes);
         for (int64_t i = 0; i < past; ++i)
-            read(ring + (made.first + i) % layout_.window_slots * layout_.entry_nbytes,
-                 made.rows + i * stride);
-        for (int64_t i = 0; i < segment.tokens; ++i) {
-            ISA_CALL(encode_entry)(layout_.entry_format, entries + (segment.first_row + i) * dim,
-                                   dim, context_.shape.rope_dim, passing);
-            read(passing, made.rows + (past + i) * stride);
+            made.rows[i] = read(ring + (made.first + i) % layout_.window_slots *
+                                           layout_.entry_nbytes,
+                                rows + i * stride);
+        for (int64_t i = past; i < count; ++i) {
+            const float* entry = entries + (segment.first_row + i - past) * dim;
+            made.rows[i] = entry;
+            if (in_place_) continue;
+            ISA_CALL(encode_entry)(layout_.entry_format, entry, dim, context_.shape.rope_dim,
+                                   passing);
+            made.rows[i] = read(passing, rows + i * stride);
         }
-        std::fill_n(made.rows + count * stride, kTileSlack * stride, 0.0f);
         return made;
     }
 
@@ -71,8 +77,7 @@ public:
         Work work{piece, scratch.floats(count * shape_.query_floats()),
                   scratch.floats(count * shape_.state_floats()),
                   scratch.floats(shape_.logit_floats()),
-                  scratch.floats((kTileEntries + kTileSlack) * shape_.stride())};
-        std::fill_n(work.tile, (kTileEntries + kTileSlack) * shape_.stride(), 0.0f);
+                  scratch.floats(kTileEntries * shape_.stride())};
         const int64_t row = piece.segment->first_row + piece.first_token;
         prefetch(piece, 0);
         for (int64_t i = 0; i < count; ++i)
@@ -113,10 +118,17 @@ private:
     }
 
     // One stored entry, and zeros up to the stride.
-    void read(const uint8_t* stored, float* row) const {
+    void decode(const uint8_t* stored, float* row) const {
         ISA_CALL(decode_entry)(layout_.entry_format, stored, shape_.dim, context_.shape.rope_dim,
                                row);
         std::fill(row + shape_.dim, row + shape_.stride(), 0.0f);
+    }
+
+    // A stored entry ready to use: where it lies if that will do, else decoded to `row`.
+    const float* read(const uint8_t* stored, float* row) const {
+        if (in_place_) return reinterpret_cast<const float*>(stored);
+        decode(stored, row);
+        return row;
     }
 
     const uint8_t* entry(const Segment& segment, int64_t index) const {
@@ -125,7 +137,8 @@ private:
                index % layer_.entries_per_block * layout_.entry_nbytes;
     }
 
-    void attend_tile(const Work& work, int64_t i, const float* entries, int64_t count) const {
+    void attend_tile(const Work& work, int64_t i, const float* const* entries,
+                     int64_t count) const {
         ISA_CALL(attend_tile)(shape_, query(work, i), entries, count, state(work, i), work.logits);
     }
 
@@ -140,8 +153,7 @@ private:
                 const int64_t from = std::max({tile, own - window + 1, recent.first});
                 const int64_t to = std::min(tile + kTileEntries, own + 1);
                 if (from < to)
-                    attend_tile(work, i, recent.rows + (from - recent.first) * shape_.stride(),
-                                to - from);
+                    attend_tile(work, i, recent.rows + (from - recent.first), to - from);
             }
     }
 
@@ -150,11 +162,17 @@ private:
         const int64_t most = (position(work, work.piece.num_tokens - 1) + 1) / layer_.ratio;
         for (int64_t tile = 0; tile < most; tile += kTileEntries) {
             const int64_t count = std::min(kTileEntries, most - tile);
-            for (int64_t j = 0; j < count; ++j)
-                read(entry(segment, tile + j), work.tile + j * shape_.stride());
+            const float* rows[kTileEntries];
+            for (int64_t j = 0; j < count; ++j) {
+                // Even what could stay in place: far back it is in no cache, and copying row by row
+                // fetches it faster than products that read eight rows at once.
+                float* copy = work.tile + j * shape_.stride();
+                decode(entry(segment, tile + j), copy);
+                rows[j] = copy;
+            }
             for (int64_t i = 0; i < work.piece.num_tokens; ++i) {
                 const int64_t visible = (position(work, i) + 1) / layer_.ratio - tile;
-                if (visible > 0) attend_tile(work, i, work.tile, std::min(count, visible));
+                if (visible > 0) attend_tile(work, i, rows, std::min(count, visible));
             }
         }
     }
@@ -167,9 +185,11 @@ private:
             prefetch(work.piece, i + 1);
             for (int64_t tile = 0; tile < selection_.counts[row]; tile += kTileEntries) {
                 const int64_t count = std::min(kTileEntries, selection_.counts[row] - tile);
+                const float* rows[kTileEntries];
                 for (int64_t j = 0; j < count; ++j)
-                    read(entry(segment, chosen[tile + j]), work.tile + j * shape_.stride());
-                attend_tile(work, i, work.tile, count);
+                    rows[j] = read(entry(segment, chosen[tile + j]),
+                                   work.tile + j * shape_.stride());
+                attend_tile(work, i, rows, count);
             }
         }
     }
@@ -192,6 +212,7 @@ private:
     const AttentionShape shape_;
     const float* sink_;
     const Selection& selection_;
+    const bool in_place_;  // entries are used where they are stored
 };
 
 }  // namespace

@@ -15,9 +15,9 @@
 namespace rorqual {
 
 constexpr int64_t kTileEntries = 32;  // entries per tile
-constexpr int64_t kTileSlack = 8;     // rows behind a tile that must be readable
+constexpr int64_t kTileSlack = 8;     // rows of logits behind a tile
 
-// Sizes of one attention layer. Tiles and outputs have rows of `stride` floats.
+// Sizes of one attention layer. Entries and outputs have rows of `stride` floats.
 struct AttentionShape {
     int64_t heads;
     int64_t dim;
@@ -35,9 +35,10 @@ struct AttentionShape {
 // q [heads, dim] to the order the tiles are multiplied in, and a state that has seen the sinks only.
 ISA_DECLARE(void begin_query(const AttentionShape& shape, const float* q, const float* sink,
                              float* query, float* state))
-// Takes in `count` <= kTileEntries entries; `logits` is scratch.
-ISA_DECLARE(void attend_tile(const AttentionShape& shape, const float* query, const float* entries,
-                             int64_t count, float* state, float* logits))
+// Takes in `count` <= kTileEntries entries, wherever they lie; `logits` is scratch.
+ISA_DECLARE(void attend_tile(const AttentionShape& shape, const float* query,
+                             const float* const* entries, int64_t count, float* state,
+                             float* logits))
 // The result [heads, dim].
 ISA_DECLARE(void end_query(const AttentionShape& shape, const float* state, float* out))
 

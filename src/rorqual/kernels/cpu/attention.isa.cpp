@@ -55,21 +55,23 @@ constexpr int kWideEntries = 4, kHeadRows = 4, kDimVectors = 1;
 constexpr int kHalfEntries = 8;
 
 // logits[j][h] = scale * sum_c entries[j][c] query[c][h]; a lane is a head. Works on whole groups of
-// kEntries, so on some rows behind the last entry.
+// kEntries: the last entry fills the last group.
 template <class V, int kEntries>
-void dot_products(const AttentionShape& shape, const float* query, const float* entries,
+void dot_products(const AttentionShape& shape, const float* query, const float* const* entries,
                   int64_t count, float* logits) {
-    const int64_t stride = shape.stride(), padded = shape.padded_heads();
+    const int64_t padded = shape.padded_heads();
     const V scale = V::all(shape.scale);
     for (int64_t h = 0; h < padded; h += static_cast<int64_t>(sizeof(V) / sizeof(float)))
         for (int64_t j = 0; j < count; j += kEntries) {
             V dot[kEntries];
-            for (V& d : dot) d = V::zero();
-            const float* from = entries + j * stride;
+            const float* from[kEntries];
+            for (int i = 0; i < kEntries; ++i) {
+                dot[i] = V::zero();
+                from[i] = entries[j + i < count ? j + i : count - 1];
+            }
             for (int64_t c = 0; c < shape.dim; ++c) {
                 const V q = V::load(query + c * padded + h);
-                for (int i = 0; i < kEntries; ++i)
-                    dot[i] = fma(V::all(from[i * stride + c]), q, dot[i]);
+                for (int i = 0; i < kEntries; ++i) dot[i] = fma(V::all(from[i][c]), q, dot[i]);
             }
             for (int i = 0; i < kEntries; ++i)
                 (dot[i] * scale).store(logits + (j + i) * padded + h);
@@ -107,17 +109,19 @@ void online_softmax(int64_t padded, int64_t count, float* logits, float* factor,
     }
 }
 
-// out[h] = out[h] * factor[h] + sum_j weights[j][h] entries[j] for kHeads heads, kVectors * 16 dims.
+// out[h] = out[h] * factor[h] + sum_j weights[j][h] entries[j] for kHeads heads, kVectors * 16 dims
+// from `first` on.
 template <int kHeads, int kVectors>
-void add_values(const float* entries, int64_t stride, int64_t count, const float* weights,
-                int64_t padded, const float* factor, float* out) {
+void add_values(const float* const* entries, int64_t first, int64_t stride, int64_t count,
+                const float* weights, int64_t padded, const float* factor, float* out) {
     Vec sums[kHeads][kVectors];
     for (int h = 0; h < kHeads; ++h)
         for (int v = 0; v < kVectors; ++v)
             sums[h][v] = Vec::load(out + h * stride + v * kLanes) * Vec::all(factor[h]);
     for (int64_t j = 0; j < count; ++j) {
         Vec values[kVectors];
-        for (int v = 0; v < kVectors; ++v) values[v] = Vec::load(entries + j * stride + v * kLanes);
+        for (int v = 0; v < kVectors; ++v)
+            values[v] = Vec::load(entries[j] + first + v * kLanes);
         for (int h = 0; h < kHeads; ++h) {
             const Vec weight = Vec::all(weights[j * padded + h]);
             for (int v = 0; v < kVectors; ++v) sums[h][v] = fma(weight, values[v], sums[h][v]);
@@ -128,15 +132,15 @@ void add_values(const float* entries, int64_t stride, int64_t count, const float
 }
 
 template <int kHeads>
-void add_values_of(const AttentionShape& shape, int64_t head, const float* entries, int64_t count,
-                   const float* weights, const float* factor, float* out) {
+void add_values_of(const AttentionShape& shape, int64_t head, const float* const* entries,
+                   int64_t count, const float* weights, const float* factor, float* out) {
     const int64_t stride = shape.stride(), padded = shape.padded_heads();
     int64_t c = 0;
     for (; c + kDimVectors * kLanes <= stride; c += kDimVectors * kLanes)
-        add_values<kHeads, kDimVectors>(entries + c, stride, count, weights + head, padded,
+        add_values<kHeads, kDimVectors>(entries, c, stride, count, weights + head, padded,
                                         factor + head, out + head * stride + c);
     for (; c < stride; c += kLanes)
-        add_values<kHeads, 1>(entries + c, stride, count, weights + head, padded, factor + head,
+        add_values<kHeads, 1>(entries, c, stride, count, weights + head, padded, factor + head,
                               out + head * stride + c);
 }
 
@@ -158,7 +162,7 @@ void begin_query(const AttentionShape& shape, const float* q, const float* sink,
     memset(out, 0, sizeof(float) * static_cast<size_t>(shape.heads * shape.stride()));
 }
 
-void attend_tile(const AttentionShape& shape, const float* query, const float* entries,
+void attend_tile(const AttentionShape& shape, const float* query, const float* const* entries,
                  int64_t count, float* state, float* logits) {
     const int64_t heads = shape.heads, padded = shape.padded_heads();
     float* out = state + 2 * padded + 16;

@@ -35,7 +35,20 @@ float score_of(uint64_t item) {
 
 IndexQuery prepare_query(const IndexShape& shape, const float* q, const float* weights,
                          Scratch& scratch) {
-    if (shape.format == KeyFormat::fp32) return {q, nullptr, nullptr, nullptr, weights};
+    IndexQuery made{};
+    made.weights = weights;
+    auto* ascending = scratch.take<int32_t>(shape.heads);
+    auto* by_sign = scratch.take<int32_t>(shape.heads);
+    std::iota(ascending, ascending + shape.heads, 0);
+    const auto positive = [&](int32_t h) { return weights[h] > 0; };
+    made.positive = std::copy_if(ascending, ascending + shape.heads, by_sign, positive) - by_sign;
+    std::remove_copy_if(ascending, ascending + shape.heads, by_sign + made.positive, positive);
+    made.ascending = ascending;
+    made.by_sign = by_sign;
+    if (shape.format == KeyFormat::fp32) {
+        made.values = q;
+        return made;
+    }
     const bool fp4_keys = shape.format == KeyFormat::fp4;
     const int64_t span = fp4_keys ? kFp4ScaleDims : shape.dim, spans = shape.dim / span;
     auto* codes = scratch.take<int8_t>(shape.heads * shape.dim);
@@ -46,7 +59,10 @@ IndexQuery prepare_query(const IndexShape& shape, const float* q, const float* w
                              sums + i);
         scales[i] *= fp4_keys ? 0.5f : weights[i];  // key codes are doubled FP4 values
     }
-    return {nullptr, codes, sums, scales, weights};
+    made.codes = codes;
+    made.sums = sums;
+    made.scales = scales;
+    return made;
 }
 
 Candidates no_candidates(int64_t topk, Scratch& scratch) {
@@ -88,7 +104,7 @@ namespace {
 
 constexpr int64_t kScanQueries = 16;    // queries that share one pass over the keys
 constexpr int64_t kPieceBlocks = 256;   // fewest blocks worth another piece of a pass
-constexpr int64_t kPointers = 64;       // blocks looked up at a time
+constexpr int64_t kPointers = 512;      // blocks looked up at a time
 constexpr int64_t kInlineMacs = 1 << 21;  // below this, waking threads costs more than it gains
 
 // Queries of one segment over blocks [first_block, last_block) of its keys.

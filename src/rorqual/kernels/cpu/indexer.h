@@ -42,6 +42,9 @@ struct IndexQuery {
     const int32_t* sums;   // of the codes each scale covers
     const float* scales;   // int8: [heads], times the head's weight; fp4: [heads, dim / 32]
     const float* weights;  // [heads]
+    const int32_t* ascending;  // [heads]: 0, 1, ...
+    const int32_t* by_sign;    // [heads]: first those of positive weight, ascending; then the others
+    int64_t positive;          // how many of positive weight
 };
 
 // Entries that may be among the best: ordered score in the high half, inverted index in the low.

@@ -14,6 +14,8 @@ constexpr int kFp4Bias = 16;
 alignas(16) constexpr uint8_t kFp4Codes[16] = {16, 17, 18, 19, 20, 22, 24, 28,
                                                16, 15, 14, 13, 12, 10, 8,  4};
 
+#define RORQUAL_INLINE inline __attribute__((always_inline))  // keeps scores in registers
+
 // Sums of 16 keys, and the 4 dims of 16 keys that are added at a time. `load_int8` biases codes by
 // kInt8Bias; a sum starts at what the bias makes of the query's codes.
 #if defined(__AVX512VNNI__)
@@ -144,7 +146,8 @@ struct Ints {
 
 #endif
 
-// Each of the following adds kHeads heads' parts to the scores of keys [at, at + 16 kV) of a block.
+// How each format meets queries: `add` adds the parts of kHeads heads to the scores of keys
+// [at, at + 16 kVectors) of a block, `finish` does what all heads share.
 
 int32_t four(const int8_t* codes) {
     int32_t all;
@@ -152,165 +155,213 @@ int32_t four(const int8_t* codes) {
     return all;
 }
 
-template <int kHeads, int kV>
-void score_int8(const IndexShape& shape, const uint8_t* block, int64_t at, const IndexQuery& query,
-                int64_t head, Vec* scores) {
-    const int64_t dim = shape.dim;
-    const int8_t* codes = query.codes + head * dim;
-    Ints sums[kHeads][kV];
+template <int kHeads>
+RORQUAL_INLINE void add_heads(const float* weights, const int32_t* heads, const Vec (&dots)[kHeads][kVectors],
+               Vec* scores) {
     for (int h = 0; h < kHeads; ++h)
-        for (Ints& sum : sums[h]) sum = Ints::all(-Ints::kInt8Bias * query.sums[head + h]);
-    for (int64_t c = 0; c < dim; c += 4) {
-        Quad keys[kV];
-        for (int v = 0; v < kV; ++v)
-            keys[v] = Ints::load_int8(block + c / 4 * kInt8Row + 4 * (at + v * kLanes));
-        for (int h = 0; h < kHeads; ++h)
-            for (int v = 0; v < kV; ++v)
-                sums[h][v] = Ints::add_int8(sums[h][v], keys[v], four(codes + h * dim + c));
-    }
-    for (int h = 0; h < kHeads; ++h)
-        for (int v = 0; v < kV; ++v)
-            scores[v] = fma(Vec::all(query.scales[head + h]), max(sums[h][v].floats(), Vec::zero()),
-                            scores[v]);
+        for (int v = 0; v < kVectors; ++v)
+            scores[v] = fma(Vec::all(weights[heads[h]]), max(dots[h][v], Vec::zero()), scores[v]);
 }
 
-template <int kHeads, int kV>
-void score_fp4(const IndexShape& shape, const uint8_t* block, int64_t at, const IndexQuery& query,
-               int64_t head, Vec* scores) {
-    const int64_t dim = shape.dim, spans = dim / kFp4ScaleDims;
-    const int8_t* codes = query.codes + head * dim;
-    Vec dots[kHeads][kV];
-    for (auto& row : dots)
-        for (Vec& dot : row) dot = Vec::zero();
-    for (int64_t span = 0; span < spans; ++span) {
-        Ints sums[kHeads][kV];
-        for (int h = 0; h < kHeads; ++h)
-            for (Ints& sum : sums[h])
-                sum = Ints::all(-kFp4Bias * query.sums[(head + h) * spans + span]);
-        for (int64_t c = span * kFp4ScaleDims; c < (span + 1) * kFp4ScaleDims; c += 8) {
-            Quad low[kV], high[kV];
-            for (int v = 0; v < kV; ++v)
-                Ints::load_fp4(block + c / 8 * kInt8Row + 4 * (at + v * kLanes), low[v], high[v]);
-            for (int h = 0; h < kHeads; ++h)
-                for (int v = 0; v < kV; ++v) {
-                    const int8_t* q = codes + h * dim + c;
-                    sums[h][v] = Ints::add_fp4(sums[h][v], low[v], four(q));
-                    sums[h][v] = Ints::add_fp4(sums[h][v], high[v], four(q + 4));
-                }
+struct Int8Keys {
+    static int64_t nbytes(int64_t dim) { return kBlockKeys * (dim + 4); }
+
+    template <int kHeads>
+    static RORQUAL_INLINE void add(const IndexShape& shape, const uint8_t* block, int64_t at,
+                    const IndexQuery& query, const int32_t* heads, Vec* scores) {
+        const int8_t* codes[kHeads];
+        Ints sums[kHeads][kVectors];
+        for (int h = 0; h < kHeads; ++h) {
+            codes[h] = query.codes + heads[h] * shape.dim;
+            for (Ints& sum : sums[h]) sum = Ints::all(-Ints::kInt8Bias * query.sums[heads[h]]);
         }
-        for (int v = 0; v < kV; ++v) {
-            const uint8_t* stored = block + (dim / 2 + span) * kBlockKeys + at + v * kLanes;
-            float scale[kLanes];
-            for (int i = 0; i < kLanes; ++i) scale[i] = scale_value(stored[i]);
-            for (int h = 0; h < kHeads; ++h)
-                dots[h][v] = fma(sums[h][v].floats() * Vec::load(scale),
-                                 Vec::all(query.scales[(head + h) * spans + span]), dots[h][v]);
-        }
-    }
-    for (int h = 0; h < kHeads; ++h)
-        for (int v = 0; v < kV; ++v)
-            scores[v] = fma(Vec::all(query.weights[head + h]), max(dots[h][v], Vec::zero()),
-                            scores[v]);
-}
-
-template <int kHeads, int kV>
-void score_fp32(const IndexShape& shape, const uint8_t* block, int64_t at, const IndexQuery& query,
-                int64_t head, Vec* scores) {
-    const auto* keys = reinterpret_cast<const float*>(block) + at;
-    const float* q = query.values + head * shape.dim;
-    Vec dots[kHeads][kV];
-    for (auto& row : dots)
-        for (Vec& dot : row) dot = Vec::zero();
-    for (int64_t c = 0; c < shape.dim; ++c) {
-        Vec key[kV];
-        for (int v = 0; v < kV; ++v) key[v] = Vec::load(keys + c * kBlockKeys + v * kLanes);
-        for (int h = 0; h < kHeads; ++h)
-            for (int v = 0; v < kV; ++v)
-                dots[h][v] = fma(Vec::all(q[h * shape.dim + c]), key[v], dots[h][v]);
-    }
-    for (int h = 0; h < kHeads; ++h)
-        for (int v = 0; v < kV; ++v)
-            scores[v] = fma(Vec::all(query.weights[head + h]), max(dots[h][v], Vec::zero()),
-                            scores[v]);
-}
-
-using ScoreHeads = void (*)(const IndexShape&, const uint8_t*, int64_t, const IndexQuery&, int64_t,
-                            Vec*);
-
-template <ScoreHeads score_four, ScoreHeads score_one>
-void score_block(const IndexShape& shape, const uint8_t* block, const IndexQuery& query,
-                 float* scores) {
-    for (int64_t at = 0; at < kBlockKeys; at += kVectors * kLanes) {
-        Vec sums[kVectors];
-        for (Vec& sum : sums) sum = Vec::zero();
-        int64_t head = 0;
-        for (; head + 4 <= shape.heads; head += 4)
-            score_four(shape, block, at, query, head, sums);
-        for (; head < shape.heads; ++head) score_one(shape, block, at, query, head, sums);
-        if (shape.format == KeyFormat::int8) {
-            const uint8_t* scales = block + shape.dim * kBlockKeys + 4 * at;
+        for (int64_t c = 0; c < shape.dim; c += 4) {
+            Quad keys[kVectors];
             for (int v = 0; v < kVectors; ++v)
-                sums[v] = sums[v] *
-                          Vec::load(reinterpret_cast<const float*>(scales) + v * kLanes);
+                keys[v] = Ints::load_int8(block + c / 4 * kInt8Row + 4 * (at + v * kLanes));
+            for (int h = 0; h < kHeads; ++h)
+                for (int v = 0; v < kVectors; ++v)
+                    sums[h][v] = Ints::add_int8(sums[h][v], keys[v], four(codes[h] + c));
         }
-        for (int v = 0; v < kVectors; ++v) sums[v].store(scores + at + v * kLanes);
+        Vec dots[kHeads][kVectors];
+        for (int h = 0; h < kHeads; ++h)
+            for (int v = 0; v < kVectors; ++v) dots[h][v] = sums[h][v].floats();
+        add_heads(query.scales, heads, dots, scores);
     }
+
+    static Vec finish(const IndexShape& shape, const uint8_t* block, int64_t at, Vec score) {
+        const uint8_t* scales = block + shape.dim * kBlockKeys;
+        return score * Vec::load(reinterpret_cast<const float*>(scales) + at);
+    }
+};
+
+struct Fp4Keys {
+    static int64_t nbytes(int64_t dim) { return kBlockKeys * (dim / 2 + dim / kFp4ScaleDims); }
+
+    template <int kHeads>
+    static RORQUAL_INLINE void add(const IndexShape& shape, const uint8_t* block, int64_t at,
+                    const IndexQuery& query, const int32_t* heads, Vec* scores) {
+        const int64_t dim = shape.dim, spans = dim / kFp4ScaleDims;
+        Vec dots[kHeads][kVectors];
+        for (auto& row : dots)
+            for (Vec& dot : row) dot = Vec::zero();
+        for (int64_t span = 0; span < spans; ++span) {
+            Ints sums[kHeads][kVectors];
+            for (int h = 0; h < kHeads; ++h)
+                for (Ints& sum : sums[h])
+                    sum = Ints::all(-kFp4Bias * query.sums[heads[h] * spans + span]);
+            for (int64_t c = span * kFp4ScaleDims; c < (span + 1) * kFp4ScaleDims; c += 8) {
+                Quad low[kVectors], high[kVectors];
+                for (int v = 0; v < kVectors; ++v)
+                    Ints::load_fp4(block + c / 8 * kInt8Row + 4 * (at + v * kLanes), low[v],
+                                   high[v]);
+                for (int h = 0; h < kHeads; ++h)
+                    for (int v = 0; v < kVectors; ++v) {
+                        const int8_t* q = query.codes + heads[h] * dim + c;
+                        sums[h][v] = Ints::add_fp4(sums[h][v], low[v], four(q));
+                        sums[h][v] = Ints::add_fp4(sums[h][v], high[v], four(q + 4));
+                    }
+            }
+            for (int v = 0; v < kVectors; ++v) {
+                const uint8_t* stored = block + (dim / 2 + span) * kBlockKeys + at + v * kLanes;
+                float scale[kLanes];
+                for (int i = 0; i < kLanes; ++i) scale[i] = scale_value(stored[i]);
+                for (int h = 0; h < kHeads; ++h)
+                    dots[h][v] = fma(sums[h][v].floats() * Vec::load(scale),
+                                     Vec::all(query.scales[heads[h] * spans + span]), dots[h][v]);
+            }
+        }
+        add_heads(query.weights, heads, dots, scores);
+    }
+
+    static Vec finish(const IndexShape&, const uint8_t*, int64_t, Vec score) { return score; }
+};
+
+struct Fp32Keys {
+    static int64_t nbytes(int64_t dim) { return kBlockKeys * 4 * dim; }
+
+    template <int kHeads>
+    static RORQUAL_INLINE void add(const IndexShape& shape, const uint8_t* block, int64_t at,
+                    const IndexQuery& query, const int32_t* heads, Vec* scores) {
+        const auto* keys = reinterpret_cast<const float*>(block) + at;
+        Vec dots[kHeads][kVectors];
+        for (auto& row : dots)
+            for (Vec& dot : row) dot = Vec::zero();
+        for (int64_t c = 0; c < shape.dim; ++c) {
+            Vec key[kVectors];
+            for (int v = 0; v < kVectors; ++v)
+                key[v] = Vec::load(keys + c * kBlockKeys + v * kLanes);
+            for (int h = 0; h < kHeads; ++h)
+                for (int v = 0; v < kVectors; ++v)
+                    dots[h][v] = fma(Vec::all(query.values[heads[h] * shape.dim + c]), key[v],
+                                     dots[h][v]);
+        }
+        add_heads(query.weights, heads, dots, scores);
+    }
+
+    static Vec finish(const IndexShape&, const uint8_t*, int64_t, Vec score) { return score; }
+};
+
+// Scores of keys [at, at + 16 kVectors) by these heads, in the order given.
+template <class Keys>
+RORQUAL_INLINE void score(const IndexShape& shape, const uint8_t* block, int64_t at,
+                          const IndexQuery& query, const int32_t* heads, int64_t count,
+                          Vec* scores) {
+    for (int v = 0; v < kVectors; ++v) scores[v] = Vec::zero();
+    for (; count >= 4; heads += 4, count -= 4)
+        Keys::template add<4>(shape, block, at, query, heads, scores);
+    if (count == 3)
+        Keys::template add<3>(shape, block, at, query, heads, scores);
+    else if (count == 2)
+        Keys::template add<2>(shape, block, at, query, heads, scores);
+    else if (count == 1)
+        Keys::template add<1>(shape, block, at, query, heads, scores);
+    for (int v = 0; v < kVectors; ++v)
+        scores[v] = Keys::finish(shape, block, at + v * kLanes, scores[v]);
 }
 
-// Bit i is set where scores[i] > threshold, for 32 scores.
-uint32_t above(const float* scores, float threshold) {
+// Bit i is set where lane i exceeds the threshold.
+uint32_t above(Vec scores, float threshold) {
 #if defined(__AVX512F__)
-    const __m512 least = _mm512_set1_ps(threshold);
-    return static_cast<uint32_t>(
-               _mm512_cmp_ps_mask(_mm512_loadu_ps(scores), least, _CMP_GT_OQ)) |
-           static_cast<uint32_t>(
-               _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + 16), least, _CMP_GT_OQ))
-               << 16;
+    return _mm512_cmp_ps_mask(scores.v, _mm512_set1_ps(threshold), _CMP_GT_OQ);
 #elif defined(__AVX2__)
     const __m256 least = _mm256_set1_ps(threshold);
-    uint32_t mask = 0;
-    for (int i = 0; i < 4; ++i) {
-        const __m256 more = _mm256_cmp_ps(_mm256_loadu_ps(scores + 8 * i), least, _CMP_GT_OQ);
-        mask |= static_cast<uint32_t>(_mm256_movemask_ps(more)) << 8 * i;
-    }
-    return mask;
+    const int low = _mm256_movemask_ps(_mm256_cmp_ps(scores.a, least, _CMP_GT_OQ));
+    const int high = _mm256_movemask_ps(_mm256_cmp_ps(scores.b, least, _CMP_GT_OQ));
+    return static_cast<uint32_t>(low | high << 8);
 #else
     uint32_t mask = 0;
-    for (int i = 0; i < 32; ++i) mask |= static_cast<uint32_t>(scores[i] > threshold) << i;
+    for (int i = 0; i < kLanes; ++i) mask |= static_cast<uint32_t>(scores.v[i] > threshold) << i;
     return mask;
 #endif
 }
 
-void offer(const float* scores, int64_t first_key, int64_t count, Candidates& candidates) {
-    uint32_t mask = above(scores, candidates.threshold);
-    if (count < kBlockKeys) mask &= (uint32_t{1} << count) - 1;
+// The same for kVectors.
+uint32_t all_above(const Vec* scores, float threshold) {
+    uint32_t mask = 0;
+    for (int v = 0; v < kVectors; ++v) mask |= above(scores[v], threshold) << v * kLanes;
+    return mask;
+}
+
+void offer(const Vec* scores, uint32_t mask, int64_t first_key, Candidates& candidates) {
+    alignas(64) float values[kVectors * kLanes];
+    for (int v = 0; v < kVectors; ++v) scores[v].store(values + v * kLanes);
     while (mask) {
         const int lane = __builtin_ctz(mask);
         mask &= mask - 1;
-        const uint32_t bits = bits_of(scores[lane] + 0.0f);  // + 0 makes -0 equal 0
+        const uint32_t bits = bits_of(values[lane] + 0.0f);  // + 0 makes -0 equal 0
         const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
         const uint32_t index = static_cast<uint32_t>(first_key + lane);
         candidates.items[candidates.count++] = static_cast<uint64_t>(ordered) << 32 | ~index;
     }
-    // A block never has more than the room behind `wanted`.
     if (candidates.count > candidates.capacity - kBlockKeys) keep_best(candidates);
 }
 
-template <ScoreHeads score_four, ScoreHeads score_one>
+// Offers keys [at, at + 16 kVectors) of a block.
+//
+// Only heads of positive weight can raise a score, so their sum is a bound. It is exact in floating
+// point too: a term that is not positive never makes a rounded sum larger, and the other
+// terms keep their order. Where the threshold is high few keys need the other heads.
+template <class Keys>
+RORQUAL_INLINE void scan_keys_at(const IndexShape& shape, const uint8_t* block, int64_t at, int64_t first_key,
+                  int64_t visible, const IndexQuery& query, bool bounded,
+                  Candidates& candidates) {
+    if (visible <= first_key + at) return;
+    const int64_t count = visible - first_key - at;
+    const uint32_t seen = count < kBlockKeys ? (uint32_t{1} << count) - 1 : ~uint32_t{0};
+    Vec scores[kVectors];
+    if (bounded) {
+        score<Keys>(shape, block, at, query, query.by_sign, query.positive, scores);
+        if (!(all_above(scores, candidates.threshold) & seen)) return;
+    }
+    score<Keys>(shape, block, at, query, query.ascending, shape.heads, scores);
+    const uint32_t mask = all_above(scores, candidates.threshold) & seen;
+    if (mask) offer(scores, mask, first_key + at, candidates);
+}
+
+// From this many keys per wanted one on, the bound saves more than it costs.
+constexpr int64_t kBoundedKeys = 64;
+
+// Blocks need not be neighbours in memory, and the hardware only sees a sequence too late: asks for
+// what is this many bytes ahead.
+constexpr int64_t kPrefetchBytes = 8192;
+
+template <class Keys>
 void scan(const IndexShape& shape, const uint8_t* const* blocks, int64_t num_blocks,
           int64_t first_key, const IndexQuery* queries, const int64_t* visible,
-          Candidates* candidates, int64_t num_queries, int64_t block_nbytes) {
-    alignas(64) float scores[kBlockKeys];
+          Candidates* candidates, int64_t num_queries) {
+    const int64_t nbytes = Keys::nbytes(shape.dim), ahead = 1 + kPrefetchBytes / nbytes;
     for (int64_t b = 0; b < num_blocks; ++b) {
-        // Blocks need not be neighbours in memory, and the hardware only sees a sequence too late.
-        if (b + 1 < num_blocks)
-            for (int64_t at = 0; at < block_nbytes; at += 64) __builtin_prefetch(blocks[b + 1] + at);
+        if (b + ahead < num_blocks)
+            for (int64_t at = 0; at < nbytes; at += 64)
+                __builtin_prefetch(blocks[b + ahead] + at, 0, 2);
         const int64_t key = first_key + b * kBlockKeys;
         for (int64_t i = 0; i < num_queries; ++i) {
-            const int64_t count = visible[i] - key;
-            if (count <= 0) continue;
-            score_block<score_four, score_one>(shape, blocks[b], queries[i], scores);
-            offer(scores, key, count, candidates[i]);
+            const bool bounded = queries[i].positive < shape.heads &&
+                                 key > kBoundedKeys * candidates[i].wanted;
+            for (int64_t at = 0; at < kBlockKeys; at += kVectors * kLanes)
+                scan_keys_at<Keys>(shape, blocks[b], at, key, visible[i], queries[i], bounded,
+                                   candidates[i]);
         }
     }
 }
@@ -320,21 +371,13 @@ void scan(const IndexShape& shape, const uint8_t* const* blocks, int64_t num_blo
 void scan_keys(const IndexShape& shape, const uint8_t* const* blocks, int64_t num_blocks,
                int64_t first_key, const IndexQuery* queries, const int64_t* visible,
                Candidates* candidates, int64_t num_queries) {
-    constexpr int kV = kVectors;
-    const int64_t dim = shape.dim;
+    const auto run = [&](auto scan_as) {
+        scan_as(shape, blocks, num_blocks, first_key, queries, visible, candidates, num_queries);
+    };
     switch (shape.format) {
-        case KeyFormat::fp32:
-            return scan<score_fp32<4, kV>, score_fp32<1, kV>>(shape, blocks, num_blocks, first_key,
-                                                              queries, visible, candidates,
-                                                              num_queries, kBlockKeys * 4 * dim);
-        case KeyFormat::int8:
-            return scan<score_int8<4, kV>, score_int8<1, kV>>(shape, blocks, num_blocks, first_key,
-                                                              queries, visible, candidates,
-                                                              num_queries, kBlockKeys * (dim + 4));
-        case KeyFormat::fp4:
-            return scan<score_fp4<4, kV>, score_fp4<1, kV>>(
-                shape, blocks, num_blocks, first_key, queries, visible, candidates, num_queries,
-                kBlockKeys * (dim / 2 + dim / kFp4ScaleDims));
+        case KeyFormat::fp32: return run(&scan<Fp32Keys>);
+        case KeyFormat::int8: return run(&scan<Int8Keys>);
+        case KeyFormat::fp4: return run(&scan<Fp4Keys>);
     }
 }
 
