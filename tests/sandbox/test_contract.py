@@ -311,6 +311,19 @@ def test_ttl_ends_it(make: Make) -> None:
     run(work())
 
 
+def test_ttl_ends_a_paused_one_too(make: Make) -> None:
+    async def work() -> None:
+        sandbox = await make(ttl_s=1.5)
+        if sandbox.capabilities.pause:
+            await sandbox.pause()
+            await asyncio.sleep(2.0)
+            with pytest.raises(SandboxLostError):
+                await asyncio.wait_for(sandbox.exec("true"), 10)
+        await sandbox.kill()
+
+    run(work())
+
+
 def test_read_only_root_still_has_places_to_write(make: Make) -> None:
     async def work() -> None:
         async with await make(read_only=True) as sandbox:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rorqual.errors import SandboxRequestError, UnsupportedError
+from rorqual.sandbox.container.start import sweep
 from rorqual.sandbox.contract import MIB, ExecResult, Limits
 from rorqual.sandbox.function.sandbox import FunctionSandbox
 from rorqual.sandbox.sandbox import Sandbox
@@ -68,6 +72,80 @@ def test_tools_answer_and_their_failures_are_exceptions_inside(root: Path) -> No
     result = call(root, "js", "-e", script, tools={"slow": slow, "broken": broken})
     lines = result.text.splitlines()
     assert lines == ["42", "RuntimeError: tool broke", "no tool is called 'absent'"]
+
+
+@pytest.mark.sandbox
+def test_tools_answer_python_too_and_stderr_stays_what_it_was(root: Path) -> None:
+    asked: list[str] = []
+
+    async def look_up(word: str, *, times: int = 1) -> list[str]:
+        asked.append(word)
+        return [word] * times
+
+    def broken() -> None:
+        raise RuntimeError("tool broke")
+
+    script = """
+import sys, tools
+print('before', file=sys.stderr)
+word = 'whale ' * 20000
+print(tools.look_up(word) == [word])
+for name in ('broken', 'absent'):
+    try:
+        getattr(tools, name)()
+    except tools.ToolError as error:
+        print(error)
+print('after', file=sys.stderr)
+"""
+    result = call(root, "python", "-c", script, tools={"look_up": look_up, "broken": broken})
+    assert result.stderr == b"before\nafter\n"
+    assert result.text == "True\nRuntimeError: tool broke\nno tool is called 'absent'\n"
+    assert asked == ["whale " * 20000]
+
+
+@pytest.mark.sandbox
+def test_a_forged_tool_request_is_output_or_an_error_inside(root: Path) -> None:
+    script = """
+import os, re
+mark = re.search(r"b'(\\w+)%08x", open('/tools/tools.py').read()).group(1).encode()
+for forged in (b'zzzzzzzz', b'ffffffff', b'00000002{}', b'0000000a["a"      ]'):
+    os.write(2, mark + forged)
+print(open('/tools/answer.json').read())
+"""
+    result = call(root, "python", "-c", script, tools={"a": lambda: 1})
+    assert result.ok
+    assert "not a request" in result.text
+    assert b"zzzzzzzz" in result.stderr
+    assert b"ffffffff" in result.stderr
+
+
+def test_a_sweep_finds_what_a_killed_function_sandbox_left(tmp_path: Path) -> None:
+    script = (
+        "import asyncio, os, sys\n"
+        "from pathlib import Path\n"
+        "from rorqual.sandbox.sandbox import Sandbox\n"
+        "async def main():\n"
+        "    root = Path(sys.argv[1])\n"
+        "    await Sandbox.create('function', root=root, files={'/a': b'x'})\n"
+        "    print('made', flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": ":".join(filter(None, sys.path))},
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"made\n"
+    (left,) = (tmp_path / "sandboxes").iterdir()
+    assert sweep(tmp_path) == []  # it lives
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    assert (left / "files" / "a").read_bytes() == b"x"
+    assert sweep(tmp_path) == [left.name]
+    assert not left.exists()
 
 
 def test_javascript_limits(root: Path) -> None:

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +82,7 @@ async def measure(
             ("function, Python", lambda: bench.calls("Python", ["python", "-c", "1"], 100.0)),
         ]
         for name in _CONTAINERS:
-            parts.append((f"container, {name}", lambda name=name: bench.container(name)))
+            parts.append((f"container, {name}", partial(bench.container, name)))
         parts.append(("container, gvisor", bench.memory_fork))
         parts.append(("microvm", lambda: bench.machine("microvm")))
         parts.append(("vm", lambda: bench.machine("vm")))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from rorqual.sandbox import native
 
@@ -59,11 +61,18 @@ class Layout:
 
     def agent(self) -> Path:
         """The agent's binary."""
-        return native.build("agent", self.binaries)
+        return self._built("agent")
 
     def shim(self) -> Path:
         """The shim's binary."""
-        return native.build("shim", self.binaries)
+        return self._built("shim")
+
+    def _built(self, program: Literal["agent", "shim"]) -> Path:
+        binary = _build_once(program, self.binaries)
+        if not binary.exists():  # the directory was emptied since
+            _build_once.cache_clear()
+            binary = _build_once(program, self.binaries)
+        return binary
 
     def agent_layer(self) -> Path:
         """A directory with the agent and the mount points every sandbox needs."""
@@ -108,6 +117,10 @@ class Layout:
                 if os.geteuid() == 0:
                     os.chown(partial / "home" / "user", 1000, 1000)
         return layer
+
+
+# Hashing the sources takes longer than starting a container may; they change with the package only.
+_build_once = functools.cache(native.build)
 
 
 class _whole:  # noqa: N801  (reads as a word of the with statement)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import os
 import shutil
 from dataclasses import dataclass
@@ -19,6 +21,12 @@ _PROGRAMS: dict[RuntimeName, tuple[str, str]] = {
     "gvisor": ("runsc", "runsc"),
 }
 """Name -> program, Debian package."""
+
+
+SEALED_FD = 4
+"""Where the shim holds `Runtime.sealed`; runtimes close it before the container starts."""
+
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 
 @dataclass(frozen=True)
@@ -43,15 +51,43 @@ class Runtime:
         """Whether it saves and restores running processes."""
         return self.name == "gvisor"
 
+    def sealed(self) -> int | None:
+        """A descriptor of an unchangeable copy of the program, made once per process.
+
+        crun and runc never run from the file itself, which a container could try to overwrite
+        through /proc: each run makes a protected copy and starts over from that, a fifth of crun's
+        work. A copy that is sealed already needs no other.
+        """
+        if self.name != "crun":
+            return None
+        return _sealed_copy(self.program, os.stat(self.program).st_mtime_ns)
+
     def command(self, directory: Path) -> list[str]:
         """The program with the options that every command about `directory`'s sandbox needs."""
-        start = [self.program, "--root", str(directory / "runtime")]
+        program = self.program if self.sealed() is None else f"/proc/self/fd/{SEALED_FD}"
+        start = [program, "--root", str(directory / "runtime")]
         if self.name == "crun":
             start.append("--cgroup-manager=disabled")
         if self.name == "gvisor":
             # Its own network stack with a loopback only; the shim limits its processes.
             start += ["--network=none", "--ignore-cgroups", "--platform=ptrace"]
         return start
+
+
+@functools.cache
+def _sealed_copy(program: str, modified_ns: int) -> int:
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    with open(program, "rb") as source, open(os.memfd_create("runtime", flags), "wb") as copy:
+        shutil.copyfileobj(source, copy)
+        copy.flush()
+        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+        # A program that is open for writing cannot be run.
+        readable = os.open(f"/proc/self/fd/{copy.fileno()}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # Above every number the shim's other descriptors are put at.
+        return fcntl.fcntl(readable, fcntl.F_DUPFD_CLOEXEC, SEALED_FD + 1)
+    finally:
+        os.close(readable)
 
 
 def install_command(name: RuntimeName) -> str:

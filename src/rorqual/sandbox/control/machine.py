@@ -12,9 +12,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import shutil
 import signal
-import tempfile
 import time
 from pathlib import Path
 from typing import cast
@@ -60,9 +58,6 @@ class Machine:
             if link != target and not link.is_symlink():
                 target.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(target)
-        scratch = self.data / "tmp"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(mode=0o700)
 
     async def start(self, wanted: Wanted) -> Sandbox:
         """Start one; see `Sandbox.create` for what it raises."""
@@ -130,10 +125,6 @@ class Machine:
     def sweep(self) -> list[str]:
         """Remove what is left of containers whose shim was killed."""
         return sweep(self.data)
-
-    def use_scratch(self) -> None:
-        """Let temporary files of this process lie where the next one empties them."""
-        tempfile.tempdir = str(self.data / "tmp")
 
 
 def _holder(lock: Path) -> int | None:

