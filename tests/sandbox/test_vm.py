@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from rorqual.errors import SandboxFailedError, SubstrateMissingError
 from rorqual.sandbox.layout import Layout
 from rorqual.sandbox.microvm.initramfs import pack
 from rorqual.sandbox.microvm.kernel import find_kernel
-from rorqual.sandbox.sandbox import Sandbox
-from rorqual.sandbox.vm.sandbox import VMSandbox
+from rorqual.sandbox.sandbox import Sandbox, SandboxOptions
+from rorqual.sandbox.vm.sandbox import VMSandbox, start_vm
 
 from .conftest import Make, run
 from .test_contract import (  # noqa: F401  (run again, with this module's `make`)
@@ -35,27 +36,30 @@ from .test_contract import (  # noqa: F401  (run again, with this module's `make
 
 pytestmark = pytest.mark.sandbox
 
+FIRST_SECTOR = 2048
+
 INIT = b"""#!/bin/busybox sh
 B=/bin/busybox
 $B mkdir -p /proc /sys /dev /tmp /run /etc /root /home/user /workspace /var/tmp /usr/bin /usr/sbin
 $B --install -s /bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
+exec >/dev/console 2>&1
 mkdir -p /dev/pts; mount -t devpts pts /dev/pts
 chmod 1777 /tmp /workspace /var/tmp; chown 1000:1000 /home/user
 echo root:x:0:0::/root:/bin/sh > /etc/passwd
 echo user:x:1000:1000::/home/user:/bin/sh >> /etc/passwd
 for module in /modules/*; do insmod $module; done
-until test -e /dev/vport0p1; do sleep 0.1; done
-exec /agent --device /dev/vport0p1
+exec /agent --port rorqual.agent
 """
 
 
 @pytest.fixture(scope="session")
 def disk(root: Path) -> Path:
     """A disk with a file system, a boot loader, Debian's kernel and BusyBox."""
-    for tool in ("syslinux", "mformat", "mcopy", "qemu-img"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed: apt-get install syslinux mtools qemu-utils")
+    boot_sector = Path("/usr/lib/grub/i386-pc/boot.img")
+    tools = ("grub-mkimage", "mformat", "mcopy", "qemu-img")
+    if not boot_sector.exists() or any(shutil.which(tool) is None for tool in tools):
+        pytest.skip("needs apt-get install grub-pc-bin grub-common mtools qemu-utils")
     busybox = Path("/bin/busybox")
     try:
         kernels = list(find_kernel().file.parent.parent.glob("q35-*/vmlinuz"))
@@ -71,19 +75,26 @@ def disk(root: Path) -> Path:
     made.mkdir()
     (made / "initrd").write_bytes(pack(files))
     shutil.copy(kernels[0], made / "vmlinuz")
-    (made / "syslinux.cfg").write_text(
-        "DEFAULT l\nLABEL l\nKERNEL vmlinuz\nINITRD initrd\n"
-        "APPEND console=ttyS0 quiet rdinit=/init reboot=t panic=-1\n"
+    (made / "grub.cfg").write_text(
+        "set root=(hd0,msdos1)\n"
+        "linux /vmlinuz console=ttyS0 quiet rdinit=/init reboot=t panic=-1\n"
+        "initrd /initrd\nboot\n"
     )
+    loader = ["grub-mkimage", "-O", "i386-pc", "-p", "(hd0,msdos1)", "-c", made / "grub.cfg"]
+    loader += ["-o", made / "core", "biosdisk", "part_msdos", "fat", "linux", "boot"]
     image = made / "disk.raw"
+    subprocess.run(loader, check=True)
+    sectors = 32 << 11
+    first = bytearray(boot_sector.read_bytes())
+    first[446:510] = struct.pack("<B3xB3xII48x", 0x80, 0x0E, FIRST_SECTOR, sectors)
     with image.open("wb") as file:
-        file.truncate(32 << 20)
-    for command in (
-        ["mformat", "-i", image, "-h", "16", "-s", "63", "-t", "65", "::"],
-        ["mcopy", "-i", image, *(made / n for n in ("vmlinuz", "initrd", "syslinux.cfg")), "::"],
-        ["syslinux", "-i", image],
-    ):
-        subprocess.run([str(word) for word in command], check=True, capture_output=True)
+        file.truncate((FIRST_SECTOR + sectors) * 512)
+        file.write(first + (made / "core").read_bytes())
+    partition = f"{image}@@{FIRST_SECTOR * 512}"
+    subprocess.run(
+        ["mformat", "-i", partition, "-T", str(sectors), "-h", "16", "-s", "63", "::"], check=True
+    )
+    subprocess.run(["mcopy", "-i", partition, made / "vmlinuz", made / "initrd", "::"], check=True)
     return image
 
 
@@ -128,8 +139,7 @@ def test_a_guest_without_an_agent_is_an_error_with_its_last_words(
         empty = tmp_path / "empty.raw"
         empty.write_bytes(b"\0" * (1 << 20))
         with pytest.raises(SandboxFailedError, match=r"rorqual\.agent"):
-            async with await Sandbox.create("vm", root=root, image=empty, ttl_s=4):
-                pass
+            await start_vm(SandboxOptions(substrate="vm", root=root, image=empty), boot_s=4.0)
         assert not list((root / "sandboxes").iterdir())
 
     run(work())

@@ -1,8 +1,9 @@
-"""``rorqual sandbox kernel``: build the small guest kernel, take Debian's, say which is used."""
+"""``rorqual sandbox kernel`` and ``guest-agent``: what guest machines need that apt cannot give."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from rorqual.cli.progress import status
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Declare the subcommand below ``rorqual sandbox``."""
+    """Declare the subcommands below ``rorqual sandbox``."""
     kernel = commands.add_parser("kernel", help="get the kernel that microvm guests run")
     actions = kernel.add_subparsers(title="commands", metavar="COMMAND", required=True)
     build = actions.add_parser(
@@ -34,6 +35,14 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     fetch.add_argument("--package", type=Path, help="the .deb file, instead of a download")
     fetch.set_defaults(run=_fetch)
     actions.add_parser("ls", help="say which is used").set_defaults(run=_list)
+    agent = commands.add_parser(
+        "guest-agent",
+        help="write the agent that a vm's disk must start",
+        description="Write the agent, one static program. A guest starts it as root at boot: "
+        "agent --port rorqual.agent",
+    )
+    agent.add_argument("file", type=Path)
+    agent.set_defaults(run=_agent)
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -63,6 +72,15 @@ def _list(args: argparse.Namespace) -> int:
     print(f"{kernel.version} for {kernel.machine}: {kernel.file}")
     if kernel.note is not None:
         print(kernel.note)
+    return 0
+
+
+def _agent(args: argparse.Namespace) -> int:
+    from rorqual.sandbox.layout import Layout
+
+    shutil.copy(Layout(args.root).agent(), args.file)
+    args.file.chmod(0o755)
+    print(f"{args.file}: start it in the guest as root with --port rorqual.agent")
     return 0
 
 

@@ -1,10 +1,11 @@
 // The process inside every sandbox: first process of a container or a service of a guest machine.
 // It runs commands, moves their bytes, kills their trees, and keeps a journal of what it was asked.
 //
-// Usage: agent [--listen FD | --stream FD | --device PATH] [--guard FD] [--linger MS]
-//              [--ttl MS]
+// Usage: agent [--listen FD | --stream FD | --device PATH | --port NAME] [--guard FD]
+//              [--linger MS] [--ttl MS]
 //   --listen   accept connections on an inherited listening unix socket (default, FD 0)
 //   --stream   talk over one inherited descriptor; --device over a character device (virtio-serial)
+//   --port     over the virtio-serial port of this name, once there is one: for guests of their own
 //   --guard    leave when this inherited pipe closes: whoever cleans up after us has died
 //   --linger   leave after this long without a connection (-1: never); --ttl leave after this long
 //
@@ -925,6 +926,30 @@ static void name_this_boot(void) {
     for (int i = 0; i < 16; i++) snprintf(boot_id + 2 * i, 3, "%02x", random[i]);
 }
 
+// The number in a port's device name depends on the machine; its name does not.
+static int open_port(const char *wanted) {
+    for (;; usleep(20000)) {
+        int fd = -1, error = ENOENT;
+        DIR *ports = opendir("/sys/class/virtio-ports");
+        for (struct dirent *e; fd < 0 && ports && (e = readdir(ports));) {
+            char path[300], name[128] = "";
+            snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", e->d_name);
+            FILE *file = fopen(path, "re");
+            if (!file) continue;
+            if (!fgets(name, sizeof name, file)) name[0] = 0;
+            fclose(file);
+            name[strcspn(name, "\n")] = 0;
+            if (strcmp(name, wanted)) continue;
+            snprintf(path, sizeof path, "/dev/%s", e->d_name);
+            fd = open(path, O_RDWR | O_CLOEXEC);
+            if (fd < 0) error = errno;
+        }
+        if (ports) closedir(ports);
+        errno = error;
+        if (fd >= 0 || error != ENOENT) return fd;
+    }
+}
+
 int main(int argc, char **argv) {
     int listen_fd = 0, stream_fd = -1, guard_fd = -1;
     bool device = false;
@@ -933,6 +958,7 @@ int main(int argc, char **argv) {
         if (!strcmp(name, "--listen")) listen_fd = atoi(value);
         else if (!strcmp(name, "--stream")) stream_fd = atoi(value);
         else if (!strcmp(name, "--device")) stream_fd = open(value, O_RDWR | O_CLOEXEC), device = true;
+        else if (!strcmp(name, "--port")) stream_fd = open_port(value), device = true;
         else if (!strcmp(name, "--guard")) guard_fd = atoi(value);
         else if (!strcmp(name, "--linger")) linger_ms = atoll(value);
         else if (!strcmp(name, "--ttl")) ttl_deadline_ms = now_ms() + atoll(value);

@@ -40,7 +40,10 @@ def open_disk(image: str | Path | None) -> Disk:
         SandboxRequestError: there is none, or it refers to other files.
     """
     if image is None or not str(image).startswith("/"):
-        raise SandboxRequestError(f"vm needs image=, the absolute path of a disk; got {image!r}")
+        raise SandboxRequestError(
+            "vm needs an image, the absolute path of a disk whose guest starts the agent "
+            f"(docs/sandbox-vm.md); got {image!r}"
+        )
     path = Path(image).resolve()
     if not path.is_file():
         raise SandboxRequestError(f"disk {str(image)!r} is not a file")

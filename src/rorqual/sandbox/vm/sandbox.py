@@ -1,7 +1,7 @@
 """A full machine as a sandbox: q35, the caller's disk below an overlay, savevm and loadvm.
 
 The guest is the caller's own: it must run the agent on its line ``rorqual.agent`` (see
-docs/sandbox.md), and commands there are what the agent is, usually root. The boundary is the
+docs/sandbox-vm.md), and commands there are what the agent is, usually root. The boundary is the
 machine.
 """
 
@@ -194,8 +194,12 @@ async def _new_computer(options: SandboxOptions, layout: Layout, qemu: Qemu) -> 
     )
 
 
-async def start_vm(options: SandboxOptions) -> VMSandbox:
-    """Start one; see `Sandbox.create`."""
+async def start_vm(options: SandboxOptions, *, boot_s: float = BOOT_S) -> VMSandbox:
+    """Start one; see `Sandbox.create`.
+
+    Args:
+        boot_s: how long the guest may take to its agent; `options.ttl_s` counts from then.
+    """
     if options.isolation is not None:
         raise SandboxRequestError(f"vm has no isolation {options.isolation!r}; leave it out")
     if options.linger_s > 0:
@@ -237,7 +241,7 @@ async def start_vm(options: SandboxOptions) -> VMSandbox:
         ram_bytes=computer.ram_bytes,
     )
     try:
-        client = await _meet(machine, saved is not None)
+        client = await _meet(machine, saved is not None, boot_s)
         sandbox = VMSandbox(
             computer=computer,
             layout=layout,
@@ -261,13 +265,13 @@ async def start_vm(options: SandboxOptions) -> VMSandbox:
     return sandbox
 
 
-async def _meet(machine: Machine, restored: bool) -> LineClient:
+async def _meet(machine: Machine, restored: bool, boot_s: float) -> LineClient:
     if restored:
         async with asyncio.timeout(RESTORE_S):
             await machine.qmp.execute("cont")
             await machine.qmp.hmp(f"delvm {_SAVED}")
     try:
-        return await connect_line(machine.agent, timeout_s=RESTORE_S if restored else BOOT_S)
+        return await connect_line(machine.agent, timeout_s=RESTORE_S if restored else boot_s)
     except SandboxLostError as error:
         said = machine.console.text[-1500:] or "its serial console is silent"
         raise SandboxFailedError(
