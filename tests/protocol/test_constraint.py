@@ -470,3 +470,38 @@ def test_a_format_nothing_can_follow_is_refused_before_it_runs(
         with pytest.raises(RequestError, match=problem) as failure:
             build_constraint(tokenizer, response_format=wanted, thinking=False)
         assert failure.value.param == "response_format"
+
+
+BIG = "1" + "2" * 18
+
+
+@pytest.mark.parametrize(
+    ("schema", "allowed", "refused"),
+    [
+        ({"type": "integer"}, ["0", "-5", BIG, f"-{BIG}"], ["30" * 12, "-" + "30" * 12]),
+        ({"type": ["integer", "null"]}, ["null", BIG], ["30" * 12]),
+        ({"type": "integer", "minimum": 3}, ["3", BIG], ["2", "30" * 12]),
+        ({"type": "integer", "exclusiveMaximum": 3}, ["2", f"-{BIG}"], ["3", "-" + "30" * 12]),
+        ({"type": "integer", "multipleOf": 7}, ["14"], ["15", "7" * 24]),
+        ({"type": "integer", "enum": [91 * 10**17, 2]}, [str(91 * 10**17), "2"], ["3"]),
+        ({"const": 10**30}, [str(10**30)], ["1"]),
+        ({"type": "number", "minimum": 0, "maximum": 1}, ["0.123456789", "1"], ["0." + "30" * 9]),
+        ({"type": "number", "minimum": 0}, ["2.5", BIG], ["30" * 12, "0." + "30" * 9]),
+        ({"type": "number", "minimum": 0, "multipleOf": 0.25}, ["0.75"], ["0.3"]),
+        ({"allOf": [{"type": "number", "minimum": 0}, {"multipleOf": 7}]}, ["14"], ["15"]),
+        ({"type": "number"}, ["6.02e23", "-1.5E-7", "0.1234567890123"], ["1e"]),
+        ({"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer"}}}, [BIG], ["30" * 12]),
+    ],
+    ids=str,
+)
+def test_a_number_does_not_run_away(
+    tokenizer: Tokenizer, schema: dict[str, Any], allowed: list[str], refused: list[str]
+) -> None:
+    for strict in (False, True):
+        wanted = {"type": "json_schema", "json_schema": {"schema": schema, "strict": strict}}
+        spec = build_constraint(tokenizer, response_format=wanted, thinking=False)
+        for text in allowed:
+            assert refused_at(tokenizer, spec, encoded(tokenizer, text)) is None, text
+        for text in refused:
+            ids = [*encoded(tokenizer, text), tokenizer.eos_id]
+            assert refused_at(tokenizer, spec, ids) is not None, text

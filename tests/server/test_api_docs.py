@@ -12,9 +12,11 @@ from asgi_call import NANO, call
 from starlette.applications import Starlette
 
 from rorqual.engine.request import Request
+from rorqual.kernels.layout import BLOCK_TOKENS
 from rorqual.protocol.modes import ModelCard
 from rorqual.protocol.tokenizer import Tokenizer
 from rorqual.server.app import create_app
+from rorqual.server.connection import Connection
 from rorqual.server.failures import ERRORS
 from rorqual.testing.scripted_engine import ScriptedEngine
 
@@ -28,6 +30,8 @@ ANSWERS = {
     "<tool_result>": "Let me see.</think>It is 21 degrees.",
     "How warm": f"Let me see.</think>{CALL}",
     "Hello!": "A greeting.</think>Hello to you.",
+    "Describe Paris": '{"name": "Paris"}',
+    "In what year": "1163",
     "Name a city": '{"name": "Paris"}',
     "<｜fim▁begin｜>": "    return a + b",
     "one line": "'hello')",
@@ -37,6 +41,9 @@ PRINTED = [
     "It is 21 degrees.",
     "Hello to you.",
     "Paris",
+    '{"name": "Paris"}',
+    '{"name": "Paris"}',
+    "1163",
     "return a + b",
     "'hello')",
 ]
@@ -68,6 +75,12 @@ def test_every_endpoint_named_exists() -> None:
     for method, path in named:
         status = call(app, method, path.replace("NAME", "nano-flash")).status_code
         assert status in (200, 400), path
+
+
+def test_the_figures_told_are_the_servers(nano_card: ModelCard) -> None:
+    assert f"({nano_card.default_max_tokens:,} for `nano-flash`)" in TEXT
+    assert f"in blocks of {BLOCK_TOKENS}" in TEXT
+    assert f"not reading for {Connection.write_timeout_s:g} seconds" in TEXT
 
 
 def test_the_error_table_is_the_enforced_one() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rorqual.errors import CheckpointError, ConfigError
+from rorqual.errors import CheckpointError, ConfigError, TrainingError
 from rorqual.model.checkpoint import load_model
 from rorqual.train.data import Difficulty
 from rorqual.train.pretrain import RUN_FILE, run
@@ -234,3 +234,10 @@ def test_a_run_may_start_from_a_finished_model(tmp_path: Path) -> None:
     other = SMALL.replace(routed_scaling_factor=2.0)
     with pytest.raises(ConfigError, match="another config"):
         run(other, more, NANO, tmp_path / "other", start=finished, device="cpu", now=Clock())
+
+
+def test_a_run_without_time_for_a_step_is_an_error_and_leaves_no_model(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, max_steps=None, minutes=1e-9)
+    with pytest.raises(TrainingError, match="no step fitted"):
+        run(SMALL, config, NANO, tmp_path, device="cpu", now=Clock())
+    assert not (tmp_path / "model").exists()

@@ -76,7 +76,7 @@ def render(inspection: Inspection) -> RenderableType:
     facts.add_row("width", f"{config.hidden_size} x {config.hc_mult} streams")
     heads = f"{config.num_attention_heads} heads x {config.head_dim}"
     facts.add_row("attention", f"{heads}, window {config.sliding_window}")
-    facts.add_row("context", f"{config.max_position_embeddings:,} tokens")
+    facts.add_row("context", f"{config.max_position_embeddings:,} tokens, as the network is built")
     facts.add_row("numerics", config.numerics)
     cache = cost.cache
     entries = f"{cache.entry_bytes} B per entry, {cache.index_key_bytes} B per index key"

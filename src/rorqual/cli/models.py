@@ -27,6 +27,12 @@ def resolve_model(name_or_path: str | Path) -> Path:
             return folder / path
     if path.is_dir():
         raise ConfigError(f"{path}: no {_CONFIG} in this directory, so it is not a checkpoint")
+    from rorqual.model.config import PRESETS
+
+    if str(name_or_path) in PRESETS:
+        raise ConfigError(
+            f"{name_or_path} is a network without weights here; give the directory of a checkpoint"
+        )
     known = ", ".join(available_models()) or "none"
     raise ConfigError(f"no model {str(name_or_path)!r}: not a directory; built-in models: {known}")
 

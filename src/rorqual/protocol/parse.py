@@ -57,6 +57,16 @@ class TokenFeed:
         """Whether the answer has ended, by ``finish`` or earlier at a stop string."""
         return self._processor.finished
 
+    @property
+    def stopped_after(self) -> int | None:
+        """Tokens of the answer up to the stop string that ended it; None if none did."""
+        return len(self._ids) if self.is_complete and self._ending is None else None
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens up to and including the one that closes the reasoning."""
+        return 0
+
     def start(self, cached_tokens: int = 0) -> list[Event]:
         """Open the answer. ``cached_tokens`` of the prompt were reused rather than computed."""
         self._cached_tokens = cached_tokens
@@ -190,7 +200,7 @@ class Answer(TokenFeed):
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Tokens up to and including the one that closes the reasoning."""
+        """See ``TokenFeed``."""
         if not self._thinks:
             return 0
         closes = self._think_end_id in self._ids

@@ -30,6 +30,11 @@ _JSON_OPTIONS: Final = {
     # Without u: half of a surrogate pair is not text.
     "json_allowed_escapes": 'nrbtf\\"',
 }
+_MOST_INTEGER: Final = 9 * 10**18
+"""Either way of zero, where a schema sets no bound. llguidance reads bounds as floating-point
+numbers and must hold them in 64 bits, so this is the roundest that fits."""
+_FINEST_NUMBER: Final = 1e-9
+"""Where a schema bounds a number, and so rules out exponents, but not its decimals."""
 _ROOT: Final = "root"
 _MAX_ROUNDS: Final = 64
 """Of looking for endless parts; references that need more are taken to be sound."""
@@ -64,6 +69,9 @@ def regex(pattern: str) -> str:
 def json_rule(schema: Schema, root: Mapping[str, Any], *, lenient: bool) -> str:
     """``%json`` text of the values of ``schema``, whose references point into ``root``.
 
+    Integers, and numbers with a bound, get the bounds they lack: a model may fall in love with a
+    digit. Numbers without any may have exponents, which bounds would forbid, and stay endless.
+
     Args:
         lenient: skip keywords and formats llguidance does not know, rather than fail.
 
@@ -76,9 +84,18 @@ def json_rule(schema: Schema, root: Mapping[str, Any], *, lenient: bool) -> str:
     options = {**_JSON_OPTIONS, "lenient": lenient}
     if isinstance(schema, bool):
         return "%json " + json.dumps({"x-guidance": options, **({} if schema else {"enum": []})})
-    body = _mapped(schema, _moved_reference)
-    if '"$ref"' in json.dumps(body):
-        body["$defs"] = {_ROOT: _mapped(root, _moved_reference)}
+    text = json.dumps(schema)
+    refers = '"$ref"' in text
+    text += json.dumps(root) if refers else ""
+    # Two that meet are multiplied, which may be more than llguidance can hold.
+    finest = None if '"multipleOf"' in text else _FINEST_NUMBER
+
+    def change(part: dict[str, Any]) -> dict[str, Any]:
+        return _bounded(_moved_reference(part), finest)
+
+    body = _mapped(schema, change)
+    if refers:
+        body["$defs"] = {_ROOT: _mapped(root, change)}
     return "%json " + json.dumps({"x-guidance": options, **body}, ensure_ascii=False)
 
 
@@ -205,6 +222,31 @@ def _in_slashes(pattern: str) -> str:
 def _is_escaped(text: str, at: int) -> bool:
     before = text[:at]
     return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
+def _bounded(part: dict[str, Any], finest: float | None) -> dict[str, Any]:
+    """``part`` without numbers of endless length, as far as ``json_rule`` says; ``finest`` is the
+    step of those with decimals."""
+    types = part.get("type")
+    types = types if isinstance(types, list) else [types]
+    low = part.get("exclusiveMinimum", part.get("minimum"))
+    high = part.get("exclusiveMaximum", part.get("maximum"))
+    is_number, is_unbounded = "number" in types, low is None and high is None
+    if part.keys() & {"enum", "const"} or (is_number and is_unbounded):
+        return part
+    if not is_number and "integer" not in types:
+        return part
+    added: dict[str, Any] = {"multipleOf": finest} if is_number and finest else {}
+    if low is None and _is_between(high):
+        added["minimum"] = -_MOST_INTEGER
+    if high is None and _is_between(low):
+        added["maximum"] = _MOST_INTEGER
+    return {**added, **part}
+
+
+def _is_between(bound: object) -> bool:
+    """Whether there is room on both sides of a schema's ``bound``, if it has one."""
+    return bound is None or (isinstance(bound, int | float) and abs(bound) < _MOST_INTEGER)
 
 
 def _moved_reference(part: dict[str, Any]) -> dict[str, Any]:

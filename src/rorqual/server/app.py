@@ -48,7 +48,8 @@ KEEPALIVE_S = 15.0
 """Longest silence on a streamed answer."""
 
 SEND_TIMEOUT_S = 60.0
-"""Longest wait for a client that stopped reading its answer."""
+"""Longest wait for a client that stopped reading its answer, under an ASGI server that has no such
+limit; ``server/connection.py`` has, a shorter one."""
 
 MAX_REQUESTS = 2048
 """Requests under way at a time, streams included."""

@@ -48,7 +48,6 @@ class ConversationEndpoint(Endpoint):
 
         def on_complete() -> None:
             turn = answer.turn(int(time.time()))
-            record.reasoning_tokens += answer.num_reasoning_tokens
             record.num_tool_parse_failures += answer.num_unread_calls(turn)
             if not rendered.is_continuation:
                 keys = turn_keys(rendered.history_digest, turn.content, turn.calls)

@@ -2,8 +2,8 @@
 
 The steps: read the body; render it, on a worker thread if that may take long; ask whether the key
 may; submit; turn outputs into the protocol's events as they come; remember the turn. A client that
-goes away at any point ends its generation. ``server/conversations.py`` and
-``server/completions.py`` say what to render.
+goes away at any point ends its generation; what was generated until then is counted all the same.
+``server/conversations.py`` and ``server/completions.py`` say what to render.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ class Endpoint(ABC):
             job = await asyncio.to_thread(self.prepare, body, answer_id, record)
         record.permit(self.service.renderer.card.name, job.mode)
         generation = Generation()
-        watched = record.watch(generation.on_output)
+        watched = record.watch(generation.on_output, len(job.request.prompt_ids))
         generation.submit(engine, dataclasses.replace(job.request, on_output=watched))
-        return _AnswerResponse(self.wire, job, generation, self.service)
+        return _AnswerResponse(self.wire, job, generation, self.service, record)
 
 
 def is_quick(body: bytes) -> bool:
@@ -126,7 +126,15 @@ class _AnswerResponse(Response):
     A ``Response`` in name, which is all Starlette asks: status and headers wait for the answer.
     """
 
-    def __init__(self, wire: Wire, job: Job, generation: Generation, service: Service) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        job: Job,
+        generation: Generation,
+        service: Service,
+        record: RequestRecord,
+    ) -> None:
+        self._record = record
         self._wire = wire
         self._job = job
         self._generation = generation
@@ -137,8 +145,14 @@ class _AnswerResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = self._stream(send) if self._job.stream else self._send_whole(send)
-        with self._generation, contextlib.suppress(ClientDisconnect):
-            await unless_disconnected(receive, work)
+        answer = self._job.answer
+        try:
+            with self._generation, contextlib.suppress(ClientDisconnect):
+                await unless_disconnected(receive, work)
+        finally:
+            self._record.settle(
+                reasoning_tokens=answer.num_reasoning_tokens, stopped_after=answer.stopped_after
+            )
 
     async def _send_whole(self, send: Send) -> None:
         try:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -51,8 +50,10 @@ class _Account:
     requests: Bucket
     tokens: Bucket
     num_running: int = 0
-    spent: deque[int] = field(default_factory=deque)
-    """Tokens of ended requests, put here by the engine's thread, not yet taken from ``tokens``."""
+
+    def charge(self, num_tokens: int) -> None:
+        """Take what a request that has ended cost."""
+        self.tokens.left -= num_tokens
 
 
 class _Rate(NamedTuple):
@@ -94,7 +95,7 @@ class Limits:
             return
         account.requests.left -= 1
         headers += _headers(rates, wire)
-        record.charge = account.spent.append
+        record.charge = account.charge
         account.num_running += 1
         try:
             await self._app(scope, receive, send_limits)
@@ -110,8 +111,6 @@ class Limits:
             )
         account.requests.refill(may.requests_per_minute or 0, now)
         account.tokens.refill(may.tokens_per_minute or 0, now)
-        while account.spent:
-            account.tokens.left -= account.spent.popleft()
         return account
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from rorqual.errors import ConfigError
+from rorqual.errors import ConfigError, TrainingError
 from rorqual.model.checkpoint import load_model, save_model
 from rorqual.model.config import ModelConfig
 from rorqual.model.transformer import Transformer
@@ -57,7 +57,7 @@ def run(
 
     Raises:
         ConfigError: the vocabularies differ, or a resumed run has another model or seed.
-        TrainingError: training diverged.
+        TrainingError: training diverged, or there was no time for a step.
     """
     keep_memory()
     if config.num_threads is not None:
@@ -93,6 +93,8 @@ def run(
         if compiled:
             model.compile_for_training()
         session.train()
+        if trainer.num_steps == 0:
+            raise TrainingError("no step fitted into the time; give it more minutes")
         if trainer.num_skipped:
             log.say(f"{trainer.num_skipped} steps were skipped for non-finite values")
         if plot(out_dir) is None:

@@ -193,7 +193,8 @@ def plot(run_dir: Path) -> Path | None:
             top.plot(*zip(*points, strict=True), label=task, linewidth=0.8)
     top.set_yscale("log")
     top.set_ylabel("loss, nats per generated token")
-    top.legend()
+    if losses:
+        top.legend()
     for name in dict.fromkeys(r["slice"] for r in evals):
         points = [
             (int(r["tokens"]) / 1e6, 100 * float(r["exact"])) for r in evals if r["slice"] == name
