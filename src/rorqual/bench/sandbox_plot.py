@@ -45,7 +45,7 @@ def plot(path: Path, rows: Sequence[SandboxRow]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("milliseconds")
     axes.grid(visible=True, axis="x", alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     try:
         figure.savefig(path, dpi=110)
     except OSError as error:
