@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import pytest
 
 from rorqual.errors import SubstrateMissingError
-from rorqual.sandbox.container.start import sweep
+from rorqual.sandbox.container.remains import sweep
 from rorqual.sandbox.images import ImageStore
 from rorqual.sandbox.layout import Layout
 from rorqual.sandbox.sandbox import Sandbox

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rorqual.errors import SandboxRequestError, UnsupportedError
-from rorqual.sandbox.container.start import sweep
+from rorqual.sandbox.container.remains import sweep
 from rorqual.sandbox.contract import MIB, ExecResult, Limits
 from rorqual.sandbox.function.sandbox import FunctionSandbox
 from rorqual.sandbox.sandbox import Sandbox

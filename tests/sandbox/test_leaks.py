@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rorqual.sandbox.container.cgroup import find_hierarchy
-from rorqual.sandbox.container.start import sweep
+from rorqual.sandbox.container.remains import sweep
 from rorqual.sandbox.sandbox import Sandbox
 
 from .conftest import run

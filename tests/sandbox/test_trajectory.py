@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rorqual.errors import DivergenceError, LostExecError, TrajectoryError
-from rorqual.sandbox.container.start import sweep
+from rorqual.sandbox.container.remains import sweep
 from rorqual.sandbox.sandbox import Sandbox, SandboxOptions
 from rorqual.sandbox.trajectory.log import TrajectoryLog
 from rorqual.sandbox.trajectory.session import Trajectory, open_trajectory, replay

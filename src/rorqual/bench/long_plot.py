@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rorqual.errors import ConfigError
+from rorqual.bench.figure import figure_in
 
 if TYPE_CHECKING:
     from rorqual.bench.long import LongRow
 
-_SUFFIXES = (".png", ".svg", ".pdf")
 _PANELS: tuple[tuple[str, tuple[tuple[str, Callable[[LongRow], float]], ...]], ...] = (
     (
         "decode, tokens per CPU-second",
@@ -42,30 +41,18 @@ def plot(path: Path, rows: Sequence[LongRow]) -> None:
     """Draw three panels; log axes.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the file cannot be written.
+        ConfigError: as ``figure_in``.
     """
-    if path.suffix not in _SUFFIXES:
-        raise ConfigError(f"{path}: a plot ends in {', '.join(_SUFFIXES)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "--plot needs matplotlib, which is not installed: pip install 'rorqual[train]'"
-        ) from None
     contexts = [row.context_tokens for row in rows]
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    for axes, (label, curves) in zip(figure.subplots(1, 3), _PANELS, strict=True):
-        for name, value in curves:
-            values = [value(row) for row in rows]
-            style = "--" if name in ("predicted", "cache, formula") else "-"
-            axes.plot(contexts, values, style, marker=".", label=name)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("context, tokens")
-        axes.set_ylabel(label)
-        axes.grid(visible=True, which="both", alpha=0.3)
-        axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+    with figure_in(path, (13, 4)) as figure:
+        for axes, (label, curves) in zip(figure.subplots(1, 3), _PANELS, strict=True):
+            for name, value in curves:
+                values = [value(row) for row in rows]
+                style = "--" if name in ("predicted", "cache, formula") else "-"
+                axes.plot(contexts, values, style, marker=".", label=name)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel("context, tokens")
+            axes.set_ylabel(label)
+            axes.grid(visible=True, which="both", alpha=0.3)
+            axes.legend()

@@ -6,47 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rorqual.errors import ConfigError
+from rorqual.bench.figure import figure_in
 
 if TYPE_CHECKING:
     from rorqual.bench.sandbox import SandboxRow
-
-_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def plot(path: Path, rows: Sequence[SandboxRow]) -> None:
     """Draw the measurements in milliseconds on a log axis.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the file cannot be written.
+        ConfigError: as ``figure_in``.
     """
-    if path.suffix not in _SUFFIXES:
-        raise ConfigError(f"{path}: a plot ends in {', '.join(_SUFFIXES)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "--plot needs matplotlib, which is not installed: pip install 'rorqual[train]'"
-        ) from None
     shown = [row for row in reversed(rows) if row.unit == "ms"]
-    figure = Figure(figsize=(9, 0.34 * len(shown) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(shown))
-    axes.barh(places, [row.median for row in shown], 0.6, label="rorqual, median")
-    beside = [(place, row) for place, row in zip(places, shown, strict=True) if row.raw]
-    axes.plot(
-        [row.raw_median for _, row in beside], [at for at, _ in beside], "kd", label="raw tool"
-    )
-    aimed = [(place, row) for place, row in zip(places, shown, strict=True) if row.target]
-    axes.plot(
-        [row.target for _, row in aimed], [at for at, _ in aimed], "r|", ms=14, label="target"
-    )
-    axes.set_yticks(list(places), [f"{row.substrate}: {row.measure}" for row in shown])
-    axes.set_xscale("log")
-    axes.set_xlabel("milliseconds")
-    axes.grid(visible=True, axis="x", alpha=0.3)
-    axes.legend(loc="upper right")
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+    with figure_in(path, (9, 0.34 * len(shown) + 1.2), dpi=110) as figure:
+        axes = figure.subplots()
+        places = range(len(shown))
+        axes.barh(places, [row.median for row in shown], 0.6, label="rorqual, median")
+        beside = [(place, row) for place, row in zip(places, shown, strict=True) if row.raw]
+        axes.plot(
+            [row.raw_median for _, row in beside], [at for at, _ in beside], "kd", label="raw tool"
+        )
+        aimed = [(place, row) for place, row in zip(places, shown, strict=True) if row.target]
+        axes.plot(
+            [row.target for _, row in aimed], [at for at, _ in aimed], "r|", ms=14, label="target"
+        )
+        axes.set_yticks(list(places), [f"{row.substrate}: {row.measure}" for row in shown])
+        axes.set_xscale("log")
+        axes.set_xlabel("milliseconds")
+        axes.grid(visible=True, axis="x", alpha=0.3)
+        axes.legend(loc="upper right")

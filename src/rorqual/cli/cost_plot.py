@@ -6,12 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rorqual.errors import ConfigError
+from rorqual.bench.figure import figure_in
 
 if TYPE_CHECKING:
     from rorqual.model.economics import Point
-
-_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def plot(path: Path, points: Sequence[Sequence[Point]]) -> None:
@@ -21,32 +19,20 @@ def plot(path: Path, points: Sequence[Sequence[Point]]) -> None:
         points: one row per context, one point per model.
 
     Raises:
-        ConfigError: matplotlib is not installed, or the file cannot be written.
+        ConfigError: as ``figure_in``.
     """
-    if path.suffix not in _SUFFIXES:
-        raise ConfigError(f"{path}: a plot ends in {', '.join(_SUFFIXES)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "--plot needs matplotlib, which is not installed: pip install 'rorqual[train]'"
-        ) from None
     panels: tuple[tuple[str, Callable[[Point], float]], ...] = (
         ("decode, G FP8 operations per token", lambda p: p.decode.cost / 1e9),
         ("cache of one sequence, GB", lambda p: p.cache_bytes / 1e9),
     )
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    for axes, (label, value) in zip(figure.subplots(1, 2), panels, strict=True):
-        for line in zip(*points, strict=True):
-            contexts = [point.context for point in line]
-            axes.plot(contexts, [value(p) for p in line], marker=".", label=line[0].name)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("context, tokens")
-        axes.set_ylabel(label)
-        axes.grid(visible=True, which="major", alpha=0.3)
-        axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+    with figure_in(path, (10, 4.2)) as figure:
+        for axes, (label, value) in zip(figure.subplots(1, 2), panels, strict=True):
+            for line in zip(*points, strict=True):
+                contexts = [point.context for point in line]
+                axes.plot(contexts, [value(p) for p in line], marker=".", label=line[0].name)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel("context, tokens")
+            axes.set_ylabel(label)
+            axes.grid(visible=True, which="major", alpha=0.3)
+            axes.legend()

@@ -206,7 +206,7 @@ def _install(args: argparse.Namespace) -> int:
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from rorqual.sandbox.container.start import sweep
+    from rorqual.sandbox.container.remains import sweep
 
     removed = sweep(args.root)
     print(f"removed {len(removed)} dead sandboxes")

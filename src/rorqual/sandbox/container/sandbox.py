@@ -214,7 +214,7 @@ class ContainerSandbox(AgentSandbox):
         finally:
             life.close()
         if self.directory.exists():
-            from rorqual.sandbox.container.start import remove_remains
+            from rorqual.sandbox.container.remains import remove_remains
 
             await asyncio.to_thread(remove_remains, self.directory)
 

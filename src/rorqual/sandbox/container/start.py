@@ -25,15 +25,12 @@ from rorqual.sandbox import wire
 from rorqual.sandbox.client import AgentClient, connect
 from rorqual.sandbox.container.cgroup import Cgroup, find_hierarchy
 from rorqual.sandbox.container.launch import Launched, launch, short_path
-from rorqual.sandbox.container.remains import remove_remains, sweep
 from rorqual.sandbox.container.runtime import Runtime, find_runtime
 from rorqual.sandbox.container.sandbox import ContainerSandbox, container_capabilities
 from rorqual.sandbox.contract import Limits, Network
 from rorqual.sandbox.images import ImageStore
 from rorqual.sandbox.layout import Layout
 from rorqual.sandbox.sandbox import SandboxOptions
-
-__all__ = ["attach_container", "remove_remains", "start_container", "sweep"]
 
 START_S = 30.0
 

@@ -20,8 +20,9 @@ from typing import cast
 from rorqual.errors import SandboxError, SandboxFailedError, SandboxLostError
 from rorqual.sandbox.agent_sandbox import AgentSandbox
 from rorqual.sandbox.container.cgroup import Cgroup, find_hierarchy
+from rorqual.sandbox.container.remains import remove_remains, sweep
 from rorqual.sandbox.container.runtime import find_runtime
-from rorqual.sandbox.container.start import attach_container, remove_remains, sweep
+from rorqual.sandbox.container.start import attach_container
 from rorqual.sandbox.contract import SubstrateName
 from rorqual.sandbox.control.store import Row
 from rorqual.sandbox.control.wants import Wanted

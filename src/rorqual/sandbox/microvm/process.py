@@ -103,7 +103,7 @@ class Machine:
             with contextlib.suppress(OSError):
                 self.agent.close()
         if self.directory.exists():
-            from rorqual.sandbox.container.start import remove_remains
+            from rorqual.sandbox.container.remains import remove_remains
 
             await asyncio.to_thread(remove_remains, self.directory)
 
