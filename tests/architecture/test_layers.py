@@ -53,6 +53,7 @@ THIRD_PARTY: dict[str, set[str]] = {
         "pydantic",
         "inspect_ai",
         "swerex",
+        "ray",
     },
     "qualify": {"aiohttp"},
     "server": {"starlette", "uvicorn", "httptools", "anyio", "msgspec", "prometheus_client"},

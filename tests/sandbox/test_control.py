@@ -126,6 +126,19 @@ def test_a_store_belongs_to_one_control_plane_and_one_schema(tmp_path: Path) -> 
         Store(tmp_path / "c.db")
 
 
+def test_a_store_of_the_schema_before_is_brought_up_to_it(tmp_path: Path) -> None:
+    store = Store(tmp_path / "c.db")
+    store.add(row("1", guest="g"))
+    store._db.execute("ALTER TABLE sandboxes DROP COLUMN host")
+    store._db.execute("PRAGMA user_version = 1")
+    store.close()
+    again = Store(tmp_path / "c.db")
+    assert again.active() == [row("1", guest="g", host=None)]
+    again.update(row("1", guest="g"), host="h")
+    assert again.active()[0].host == "h"
+    again.close()
+
+
 # -- life
 def test_the_same_client_token_makes_one_sandbox(root: Path, tmp_path: Path) -> None:
     async def work() -> None:
@@ -153,7 +166,7 @@ def test_a_failed_creation_may_be_tried_again_and_leaves_nothing(
                 with pytest.raises(SandboxRequestError, match="no image 'nope'"):
                     await plane.create("a", Wanted(template="nope", client_token="t"))
             assert plane.rows("a") == []
-            assert plane.machine.guests() == []
+            assert plane.hosts.guests() == []
 
     run(work())
 
@@ -216,7 +229,7 @@ def test_a_pause_keeps_what_runs_and_survives_a_restart(root: Path, tmp_path: Pa
             resumed = await plane.resume(plane.row(made.id, "a"), 60.0)
             result = await (await plane.use(resumed)).exec("cat /workspace/f; echo $X")
             assert result.text == "kept\n7\n"
-        assert plane.machine.guests() == []
+        assert plane.hosts.guests() == []
 
     run(work())
 

@@ -17,8 +17,10 @@ from rorqual.errors import ConfigError
 
 if TYPE_CHECKING:
     from rorqual.sandbox.control.app import KeyCheck
+    from rorqual.sandbox.control.hosts import RayOptions
 
 _MIB = 1 << 20
+_WITHOUT_BOUND = 1 << 60
 
 
 def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -62,6 +64,24 @@ def add_parsers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     serve.add_argument(
         "--keep", action="store_true", help="on an orderly end, leave sandboxes for the next start"
     )
+    serve.add_argument(
+        "--ray",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="place sandboxes on the hosts of a Ray cluster: its address, 'auto' for the one this "
+        "machine belongs to (without a value), 'local' to start one here",
+    )
+    serve.add_argument(
+        "--ray-cpu-share",
+        type=float,
+        default=0.25,
+        metavar="PART",
+        help="part of each sandbox's CPU limit that Ray reserves (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--ray-resource", metavar="NAME", help="only hosts that offer this custom resource"
+    )
     serve.set_defaults(run=_serve)
 
     mcp = commands.add_parser(
@@ -87,6 +107,8 @@ def _serve(args: argparse.Namespace) -> int:
     if not (low.isdigit() and high.isdigit()):
         raise ConfigError(f"--warm is LOW:HIGH, not {args.warm!r}")
     memory = args.memory * _MIB if args.memory else _total_memory_bytes()
+    if args.ray is not None and not args.memory:
+        memory = _WITHOUT_BOUND  # Ray knows what each host has
     policy = Policy(
         max_sandboxes=args.max_sandboxes, max_per_key=args.max_per_key, max_memory_bytes=memory
     )
@@ -101,10 +123,20 @@ def _serve(args: argparse.Namespace) -> int:
             marks=Watermarks(low=int(low), high=int(high)),
             linger_s=float(args.linger),
             keep=args.keep,
+            ray=_ray(args),
             announce=lambda url: print(_welcome(url), flush=True),
         )
     print("stopped", file=sys.stderr)
     return 0
+
+
+def _ray(args: argparse.Namespace) -> RayOptions | None:
+    from rorqual.sandbox.control.hosts import RayOptions
+
+    if args.ray is None:
+        return None
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # Ray would report to its makers
+    return RayOptions(address=args.ray, cpu_share=args.ray_cpu_share, resource=args.ray_resource)
 
 
 def _welcome(url: str) -> str:

@@ -17,7 +17,8 @@ from typing import Literal
 from rorqual.errors import RorqualError, SandboxError
 from rorqual.sandbox.control.admission import Policy, Refusal, admit, available_memory_bytes
 from rorqual.sandbox.control.failures import AnswerError, bad_request, not_found, over_capacity
-from rorqual.sandbox.control.machine import MAX_LIFE_S, Machine, with_env
+from rorqual.sandbox.control.hosts import Hosts, Started
+from rorqual.sandbox.control.machine import MAX_LIFE_S, with_env
 from rorqual.sandbox.control.metrics import Metrics
 from rorqual.sandbox.control.pool import WarmPool, Watermarks
 from rorqual.sandbox.control.store import Row, Store
@@ -40,7 +41,7 @@ class Plane:
     def __init__(
         self,
         store: Store,
-        machine: Machine,
+        hosts: Hosts,
         policy: Policy | None = None,
         *,
         marks: Watermarks | None = None,
@@ -48,9 +49,9 @@ class Plane:
         free_bytes: Callable[[], int | None] = available_memory_bytes,
     ) -> None:
         self.policy = policy or Policy()
-        self.machine = machine
+        self.hosts = hosts
         self.pool = WarmPool(Wanted(), marks or Watermarks())
-        self.metrics = Metrics(store.active, self.policy.max_memory_bytes)
+        self.metrics = Metrics(store.active, hosts.states, self.policy.max_memory_bytes)
         self._store = store
         self._clock = clock
         self._free_bytes = free_bytes
@@ -63,32 +64,15 @@ class Plane:
     # -- start and end of the control plane
     async def open(self, *, reap: bool = True) -> None:
         """Adopt or end everything an earlier control plane left, then watch the leases."""
-        await asyncio.to_thread(self.machine.prepare)
-        await asyncio.to_thread(self.machine.sweep)
-        gate = asyncio.Semaphore(8)
-
-        async def settle(row: Row) -> None:
-            async with gate:
-                await self._recover(row)
-
-        async with asyncio.TaskGroup() as group:
-            for row in self._store.active():
-                group.create_task(settle(row))
-        known = {row.guest for row in self._store.active()}
-        for guest in self.machine.guests():
-            if guest not in known:
-                await self._end_guest(guest)
-                self.metrics.recovered.labels("orphan").inc()
+        rows = self._store.active()
+        found = await self.hosts.recover(rows)
+        self.metrics.recovered.labels("orphan").inc(found.num_orphans)
+        for row in rows:
+            await self._recover(row, found.sandboxes.get(row.id))
         if reap:
             self._reaper = asyncio.create_task(self._watch())
 
-    async def _recover(self, row: Row) -> None:
-        sandbox = None
-        if row.state != "creating":
-            try:
-                sandbox = await self.machine.adopt(row)
-            except (SandboxError, OSError, TimeoutError) as error:
-                _log.warning("sandbox %s cannot be adopted: %s", row.id, error)
+    async def _recover(self, row: Row, sandbox: Sandbox | None) -> None:
         if sandbox is not None and row.state == "warm" and row.request_hash != self._shape():
             await sandbox.kill()  # the pool holds something else now
             sandbox = None
@@ -116,6 +100,7 @@ class Plane:
                 continue
             await self._end(rows[id], "shutdown")
         self._live.clear()
+        await self.hosts.close(keep=keep)
         self._store.close()
 
     # -- creation
@@ -183,12 +168,29 @@ class Plane:
     async def _make_room(self, owner: str, wanted: Wanted) -> None:
         """Admit, or raise 429; a warm sandbox gives way to one that is wanted."""
         while (refusal := self._admission(owner, wanted)) is not None:
-            spare = self.pool.take() if refusal.reason != "quota" else None
-            row = self._store.get(spare) if spare is not None else None
-            if row is None:
+            if refusal.reason == "quota" or not await self._end_spare():
                 self.metrics.refused.labels(refusal.reason).inc()
                 raise over_capacity(refusal)
+
+    async def _end_spare(self) -> bool:
+        """End a warm sandbox, if there is one."""
+        spare = self.pool.take()
+        row = self._store.get(spare) if spare is not None else None
+        if row is not None:
             await self._end(row, "killed")
+        return row is not None
+
+    async def _start(self, row: Row, wanted: Wanted, *, warm: bool) -> Started:
+        """Start it where there is room; a warm one gives way."""
+        while True:
+            try:
+                return await self.hosts.start(row.id, wanted)
+            except AnswerError as error:
+                if warm:
+                    raise
+                if error.status != 429 or not await self._end_spare():
+                    self.metrics.refused.labels(error.error_code).inc()
+                    raise
 
     def _admission(self, owner: str, wanted: Wanted, without: str = "") -> Refusal | None:
         other_count, other_bytes = self.other_usage()
@@ -233,13 +235,14 @@ class Plane:
     async def _make(self, row: Row, wanted: Wanted, *, warm: bool = False) -> Row:
         started = time.perf_counter()
         try:
-            sandbox = await self.machine.start(wanted)
+            host, sandbox = await self._start(row, wanted, warm=warm)
         except BaseException:
             self._mark_ended(row, "failed")
             raise
         self.metrics.start_s.observe(time.perf_counter() - started)
         try:
-            row = self._store.update(row, state="warm" if warm else "running", guest=sandbox.id)
+            state = "warm" if warm else "running"
+            row = self._store.update(row, state=state, guest=sandbox.id, host=host)
         except BaseException:
             await sandbox.kill()
             raise
@@ -347,16 +350,15 @@ class Plane:
                     with contextlib.suppress(SandboxError):
                         await sandbox.resume()
                 await sandbox.kill()
-            elif row.guest is not None and row.substrate == "container":
-                await self.machine.end_guest(row.guest)
+            else:
+                await self.hosts.end(row)
         except (SandboxError, OSError, TimeoutError) as error:
             _log.warning("sandbox %s did not end in order: %s", row.id, error)
-            if row.guest is not None and row.substrate == "container":
-                await self._end_guest(row.guest)
+            await self._end_remains(row)
 
-    async def _end_guest(self, guest: str) -> None:
+    async def _end_remains(self, row: Row) -> None:
         try:
-            await self.machine.end_guest(guest)
+            await self.hosts.end(row)
         except (SandboxError, OSError) as error:
             _log.error("%s; 'rorqual sandbox sweep' tries again", error)
 
@@ -408,6 +410,8 @@ class Plane:
             self._store.add(row)
             try:
                 row = await self._make(self._store.update(row, **life), wanted, warm=True)
+            except AnswerError:
+                return  # no host has room now
             except RorqualError as error:
                 _log.warning("no warm sandbox: %s", error)
                 return

@@ -15,6 +15,7 @@ import uvicorn
 from rorqual.errors import ConfigError
 from rorqual.sandbox.control.admission import Policy
 from rorqual.sandbox.control.app import KeyCheck, create_app, opened
+from rorqual.sandbox.control.hosts import Hosts, RayOptions
 from rorqual.sandbox.control.machine import Machine
 from rorqual.sandbox.control.plane import Plane
 from rorqual.sandbox.control.pool import Watermarks
@@ -36,6 +37,7 @@ def serve(
     marks: Watermarks | None = None,
     linger_s: float = 600.0,
     keep: bool = False,
+    ray: RayOptions | None = None,
     announce: Callable[[str], None] = print,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C.
@@ -46,10 +48,12 @@ def serve(
         keys: None serves this machine only, everybody on it.
         linger_s: how long containers wait for a control plane that died.
         keep: leave containers for the next start instead of ending them.
+        ray: place sandboxes on the hosts of this cluster; None is this machine alone.
         announce: gets the address once it is served.
 
     Raises:
-        ConfigError: the address is taken or open to strangers, or `data` is in use.
+        ConfigError: the address is taken or open to strangers, `data` is in use, or there is no
+            such cluster.
     """
     if keys is None and not _is_loopback(host):
         raise ConfigError(
@@ -58,7 +62,13 @@ def serve(
         )
     store = Store(data / "control.db")  # first: it is the lock of the directory
     machine = Machine(data, shared=shared, linger_s=linger_s)
-    plane = Plane(store, machine, policy, marks=marks)
+    policy = policy or Policy()
+    if ray is None:
+        plane = Plane(store, machine, policy, marks=marks)
+    else:
+        hosts = _connected(data, ray, shared, linger_s, policy.reserve_bytes)
+        # Each host looks after its own memory.
+        plane = Plane(store, hosts, policy, marks=marks, free_bytes=lambda: None)
     trajectories = Trajectories(plane, machine, TrajectoryLog(data / "trajectories.db"))
     app = create_app(plane, trajectories, keys=keys)
     config = uvicorn.Config(
@@ -84,6 +94,18 @@ def serve(
 
     with _listen(host, port) as listener:
         asyncio.run(work())
+
+
+def _connected(
+    data: Path, options: RayOptions, shared: Path | None, linger_s: float, reserve_bytes: int
+) -> Hosts:
+    try:
+        from rorqual.sandbox.control.ray_hosts import RayHosts
+    except ImportError as error:
+        raise ConfigError(f"{error}: pip install 'rorqual[ray]'") from None
+    hosts = RayHosts(data, options, shared=shared, linger_s=linger_s, reserve_bytes=reserve_bytes)
+    hosts.connect()
+    return hosts
 
 
 class _Server(uvicorn.Server):

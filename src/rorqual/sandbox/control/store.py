@@ -21,7 +21,7 @@ from rorqual.errors import ConfigError, SandboxFailedError
 
 State = Literal["creating", "warm", "running", "paused", "ended"]
 
-_VERSION = 1
+_VERSION = 2
 _SCHEMA = """
 CREATE TABLE sandboxes (
     id TEXT PRIMARY KEY,
@@ -30,6 +30,7 @@ CREATE TABLE sandboxes (
     template TEXT NOT NULL,
     substrate TEXT NOT NULL,
     guest TEXT,
+    host TEXT,
     access_token TEXT NOT NULL,
     started_s REAL NOT NULL,
     lease_end_s REAL NOT NULL,
@@ -48,6 +49,7 @@ CREATE UNIQUE INDEX client_tokens ON sandboxes (owner, client_token)
     WHERE client_token IS NOT NULL;
 CREATE INDEX states ON sandboxes (state);
 """
+_FROM_1 = "ALTER TABLE sandboxes ADD COLUMN host TEXT;"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,8 @@ class Row:
 
     Attributes:
         owner: id of the API key that made it; "" where none is asked for.
-        guest: the sandbox's id on this machine, once it has one.
+        guest: the sandbox's id on its host, once it has one.
+        host: which host that is.
         lease_end_s: when the reaper ends (or pauses) it, seconds since 1970.
         client_token: the caller's name for the creation; the same one makes no second sandbox.
         end_reason: "killed", "expired", "lost", "failed".
@@ -68,6 +71,7 @@ class Row:
     template: str
     substrate: str
     guest: str | None = None
+    host: str | None = None
     access_token: str
     started_s: float
     lease_end_s: float
@@ -113,9 +117,10 @@ class Store:
             # A crash of this process loses nothing; a crash of the machine takes the sandboxes too.
             self._db.execute("PRAGMA synchronous = NORMAL")
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
+            if version in (0, 1):
                 # One transaction: a half-made schema is never seen.
-                self._db.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;")
+                change = _FROM_1 if version else _SCHEMA
+                self._db.executescript(f"BEGIN;{change}PRAGMA user_version = {_VERSION};COMMIT;")
             elif version != _VERSION:
                 raise ConfigError(f"{path} has schema version {version}, not {_VERSION}")
         except sqlite3.DatabaseError as error:
