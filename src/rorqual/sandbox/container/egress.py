@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,7 +121,7 @@ def _run(command: list[str], given: str = "") -> None:
         raise SandboxFailedError(f"{command[4]}: {done.stderr.strip()[-300:]}")
 
 
-def process_inside(groups: list[Path]) -> int:
+def process_inside(groups: Iterable[str]) -> int:
     """A process of the sandbox in its network namespace; raises `SandboxFailedError`."""
     ours = os.readlink("/proc/self/ns/net")
     for group in groups:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import secrets
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -18,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from rorqual.errors import SandboxError, SandboxFailedError
 from rorqual.sandbox.container.bundle import agent_arguments, bubblewrap_arguments, oci_config
 from rorqual.sandbox.container.cgroup import Cgroup, find_hierarchy
 from rorqual.sandbox.container.remains import remove_remains
-from rorqual.sandbox.container.runtime import SEALED_FD, Runtime
+from rorqual.sandbox.container.runtime import Runtime, disk_of
+from rorqual.sandbox.container.spawner import spawn_shim
 from rorqual.sandbox.images import ImageStore
 from rorqual.sandbox.layout import Layout
 from rorqual.sandbox.sandbox import SandboxOptions
@@ -34,7 +33,8 @@ class Launched:
 
     Attributes:
         life: its end means that everything is gone; None for one that may outlive this process.
-        stream: our end of the agent's only connection; None where the agent listens.
+        stream: our end of the agent's only connection; None where the agent listens, so that others
+            can attach.
         log: what the shim and the runtime say.
     """
 
@@ -65,111 +65,148 @@ def launch(options: SandboxOptions, runtime: Runtime, layout: Layout) -> Launche
     """
     id = secrets.token_hex(8)
     directory = layout.sandboxes / id
-    privileged = os.geteuid() == 0
-    hierarchy = find_hierarchy() if privileged else None
-    cgroup = Cgroup(hierarchy, id) if hierarchy is not None else None
-    lowers, host_usr = _lower_layers(options, layout)
-    directory.mkdir(parents=True, mode=0o700)
-    if cgroup is not None:
-        try:
-            cgroup.create(options.limits)
-        except SandboxError:
-            shutil.rmtree(directory, ignore_errors=True)
-            raise
+    plan = _Plan(options, runtime, layout, directory)
     log = tempfile.TemporaryFile()  # noqa: SIM115  (it is handed on)
+    life: socket.socket | None = None
     try:
-        command = _prepare(options, runtime, layout, directory, lowers, host_usr, privileged)
-        shim = [str(layout.shim()), str(directory)]
-        if cgroup is not None:
-            shim += [part for at in cgroup.directories.values() for part in ("--cgroup", str(at))]
-            shim += [part for at in cgroup.residues for part in ("--residue", str(at))]
-        if runtime.is_oci and hierarchy is not None and hierarchy.unified is not None:
-            shim += ["--umount", str(hierarchy.unified)]
-        if privileged:
-            shim += _mounts(options, directory, lowers)
-        if options.linger_s == 0:
-            shim.append("--life")
-        if options.ttl_s is not None:  # a frozen agent keeps no time
-            shim += ["--ttl", str(max(1, round(options.ttl_s * 1000)))]
-        shim += ["--", *command]
-        if runtime.can_checkpoint and options.linger_s == 0:
-            shim += ["--again", *_restore(runtime, directory, directory / "again")]
-        life, stream = _spawn(shim, directory, log.fileno(), options, runtime)
+        _make_directory(directory)
+        life, stream = _spawn(layout.shim(), plan, log.fileno())
+        # It makes the mounts while this makes what the runtime needs beside them.
+        if plan.cgroup is not None:
+            plan.cgroup.create(options.limits)
+        plan.write_files()
+        with contextlib.suppress(OSError):  # if it has ended, so has the agent's socket
+            life.send(b"g")
     except BaseException:
         log.close()
-        remove_remains(directory)
+        remove_remains(directory, life)
         raise
-    return Launched(id=id, directory=directory, cgroup=cgroup, life=life, stream=stream, log=log)
-
-
-def _lower_layers(options: SandboxOptions, layout: Layout) -> tuple[list[Path], bool]:
-    """Read-only directories of the root, topmost first, and whether /usr is the host's."""
-    store = ImageStore(layout.images)
-    image = options.snapshot.id if options.snapshot is not None else options.image
-    lowers, host_usr = store.resolve(image, layout)
-    return [layout.agent_layer(), *lowers], host_usr
-
-
-def _mounts(options: SandboxOptions, directory: Path, lowers: list[Path]) -> list[str]:
-    lower = ":".join(str(path) for path in lowers)
-    size = f"size={options.limits.disk_bytes},mode=755,nr_inodes=1000000"
-    upper, work = directory / "disk" / "upper", directory / "disk" / "work"
-    arguments = ["--tmpfs", str(directory / "disk"), size]
-    arguments += ["--mkdir", str(upper), "--mkdir", str(work)]
-    overlay = f"lowerdir={lower},upperdir={upper},workdir={work}"
-    return [*arguments, "--overlay", str(directory / "rootfs"), overlay]
-
-
-def _prepare(
-    options: SandboxOptions,
-    runtime: Runtime,
-    layout: Layout,
-    directory: Path,
-    lowers: list[Path],
-    host_usr: bool,
-    privileged: bool,
-) -> list[str]:
-    """Write the sandbox's files; returns the runtime's command line."""
-    for name in ("rootfs", "disk"):
-        (directory / name).mkdir()
-    if options.linger_s > 0:  # else nobody can attach to it
-        (directory / "options.json").write_text(json.dumps(_as_json(options), default=str))
-    agent = agent_arguments(
-        stream=not runtime.can_listen, linger_s=options.linger_s, ttl_s=options.ttl_s
+    if options.linger_s > 0:
+        life.close()
+        life = None
+    else:
+        life.setblocking(False)
+    return Launched(
+        id=id, directory=directory, cgroup=plan.cgroup, life=life, stream=stream, log=log
     )
-    hostname = f"sandbox-{directory.name[:6]}"
-    if not runtime.is_oci:
-        return bubblewrap_arguments(
-            runtime.program,
-            rootfs=directory / "rootfs" if privileged else lowers[-1],
-            agent=agent,
-            agent_binary=layout.agent(),
-            hostname=hostname,
-            limits=options.limits,
-            privileged=privileged,
-            read_only=options.read_only,
-            host_usr=host_usr,
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        os.mkdir(directory, 0o700)
+    except FileNotFoundError:
+        directory.mkdir(parents=True, mode=0o700)
+
+
+class _Plan:
+    """What one container will be started with: everything but doing it.
+
+    Attributes:
+        lowers: read-only directories of the root, topmost first.
+        host_usr: whether /usr is the host's.
+    """
+
+    def __init__(
+        self, options: SandboxOptions, runtime: Runtime, layout: Layout, directory: Path
+    ) -> None:
+        self.options = options
+        self.runtime = runtime
+        self.layout = layout
+        self.directory = directory
+        self.privileged = os.geteuid() == 0
+        self.hierarchy = find_hierarchy() if self.privileged else None
+        self.cgroup = Cgroup(self.hierarchy, directory.name) if self.hierarchy else None
+        image = options.snapshot.id if options.snapshot is not None else options.image
+        lowers, self.host_usr = ImageStore(layout.images).resolve(image, layout)
+        self.lowers = [layout.agent_layer(), *lowers]
+
+    def shim_arguments(self) -> list[str]:
+        """What the shim is told; see native/shim.c."""
+        arguments = [str(self.directory), "--wait"]
+        if self.cgroup is not None:
+            for at in self.cgroup.directories.values():
+                arguments += ["--cgroup", at]
+            for at in self.cgroup.residues:
+                arguments += ["--residue", at]
+        if (
+            self.runtime.is_oci
+            and self.hierarchy is not None
+            and self.hierarchy.unified is not None
+        ):
+            arguments += ["--umount", str(self.hierarchy.unified)]
+        if self.privileged:
+            arguments += self._mounts()
+        lingers = self.options.linger_s > 0
+        if not lingers:
+            arguments.append("--life")
+        if self.options.ttl_s is not None:  # a frozen agent keeps no time
+            arguments += ["--ttl", str(max(1, round(self.options.ttl_s * 1000)))]
+        arguments += ["--", *self._command()]
+        if self.runtime.can_checkpoint and not lingers:
+            arguments += ["--again", *self._restore(self.directory / "again")]
+        return arguments
+
+    def _mounts(self) -> list[str]:
+        lower = ":".join(str(path) for path in self.lowers)
+        disk = disk_of(self.directory)
+        size = f"size={self.options.limits.disk_bytes},mode=755,nr_inodes=1000000"
+        arguments = ["--mkdir", disk, "--tmpfs", disk, size]
+        for name in ("upper", "work", "rootfs"):
+            arguments += ["--mkdir", f"{disk}/{name}"]
+        overlay = f"lowerdir={lower},upperdir={disk}/upper,workdir={disk}/work"
+        return [*arguments, "--overlay", f"{disk}/rootfs", overlay]
+
+    def _command(self) -> list[str]:
+        """The runtime's command line."""
+        if not self.runtime.is_oci:
+            return bubblewrap_arguments(
+                self.runtime.program,
+                rootfs=self._rootfs() if self.privileged else self.lowers[-1],
+                agent=self._agent(),
+                agent_binary=self.layout.agent(),
+                hostname=self._hostname(),
+                limits=self.options.limits,
+                privileged=self.privileged,
+                read_only=self.options.read_only,
+                host_usr=self.host_usr,
+            )
+        snapshot = self.options.snapshot
+        if snapshot is not None and snapshot.kind == "memory":
+            return self._restore(ImageStore(self.layout.images).memory(snapshot.id))
+        bundle = ["--bundle", str(self.directory), self.directory.name]
+        return [*self.runtime.command(self.directory), "run", "--detach", *bundle]
+
+    def _restore(self, memory: Path) -> list[str]:
+        bundle = ["--bundle", str(self.directory), "--image-path", str(memory), self.directory.name]
+        return [*self.runtime.command(self.directory), "restore", "--detach", *bundle]
+
+    def write_files(self) -> None:
+        """Write what the runtime and who attaches read."""
+        if self.options.linger_s > 0:  # else nobody can attach to it
+            stored = json.dumps(_as_json(self.options), default=str)
+            (self.directory / "options.json").write_text(stored)
+        if not self.runtime.is_oci:
+            return
+        config = oci_config(
+            rootfs=self._rootfs(),
+            agent=self._agent(),
+            hostname=self._hostname(),
+            limits=self.options.limits,
+            read_only=self.options.read_only,
+            host_usr=self.host_usr,
+            cgroups_path=f"/rorqual/{self.directory.name}" if self.runtime.name == "runc" else None,
         )
-    config = oci_config(
-        rootfs=directory / "rootfs",
-        agent=agent,
-        hostname=hostname,
-        limits=options.limits,
-        read_only=options.read_only,
-        host_usr=host_usr,
-        cgroups_path=f"/rorqual/{directory.name}" if runtime.name == "runc" else None,
-    )
-    (directory / "config.json").write_text(json.dumps(config))
-    if options.snapshot is not None and options.snapshot.kind == "memory":
-        memory = ImageStore(layout.images).memory(options.snapshot.id)
-        return _restore(runtime, directory, memory)
-    bundle = ["--bundle", str(directory), directory.name]
-    return [*runtime.command(directory), "run", "--detach", *bundle]
+        (self.directory / "config.json").write_text(json.dumps(config))
 
+    def _rootfs(self) -> Path:
+        return Path(disk_of(self.directory), "rootfs")  # both go with one unmount
 
-def _restore(runtime: Runtime, directory: Path, memory: Path) -> list[str]:
-    bundle = ["--bundle", str(directory), "--image-path", str(memory), directory.name]
-    return [*runtime.command(directory), "restore", "--detach", *bundle]
+    def _hostname(self) -> str:
+        return f"sandbox-{self.directory.name[:6]}"
+
+    def _agent(self) -> list[str]:
+        linger_s = self.options.linger_s
+        return agent_arguments(stream=linger_s == 0, linger_s=linger_s, ttl_s=self.options.ttl_s)
 
 
 def _as_json(options: SandboxOptions) -> dict[str, object]:
@@ -178,54 +215,33 @@ def _as_json(options: SandboxOptions) -> dict[str, object]:
     return {name: values[name] for name in kept}
 
 
-def _spawn(
-    command: list[str], directory: Path, log: int, options: SandboxOptions, runtime: Runtime
-) -> tuple[socket.socket | None, socket.socket | None]:
-    """Start the shim with a listening socket or one end of a stream for the agent.
+def _spawn(shim: Path, plan: _Plan, log: int) -> tuple[socket.socket, socket.socket | None]:
+    """Start the shim, with a listening socket or one end of a stream for the agent.
 
-    Returns the socket whose end means that everything is gone (None for a sandbox that may outlive
-    this process), and our end of the stream.
+    Returns the socket that it waits on, whose end means that everything is gone, and our end of the
+    stream.
     """
     life, shims_life = socket.socketpair()
     stream: socket.socket | None = None
-    if runtime.can_listen:
+    if plan.options.linger_s > 0:
         agents = socket.socket(socket.AF_UNIX)
     else:
         stream, agents = socket.socketpair()
-    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        if runtime.can_listen:
-            with short_path(directory / "agent.sock") as path:
-                agents.bind(path)
-            agents.listen(16)
-        actions = [
-            (os.POSIX_SPAWN_DUP2, agents.fileno(), 0),
-            (os.POSIX_SPAWN_DUP2, null, 1),
-            (os.POSIX_SPAWN_DUP2, log, 2),
-            (os.POSIX_SPAWN_DUP2, shims_life.fileno(), 3),
-        ]
-        if (sealed := runtime.sealed()) is not None:
-            actions.append((os.POSIX_SPAWN_DUP2, sealed, SEALED_FD))
-        environment = {"PATH": os.defpath + ":/usr/sbin:/sbin"}
-        pid = os.posix_spawn(command[0], command, environment, file_actions=actions)
-        _, status = os.waitpid(pid, 0)  # the shim puts itself in the background at once
-        if status != 0:
-            raise SandboxFailedError("the shim could not start")
-    except BaseException as error:
-        life.close()
-        if stream is not None:
-            stream.close()
-        if isinstance(error, OSError):
-            raise SandboxFailedError(f"the shim could not start: {error}") from error
-        raise
-    finally:
-        agents.close()
-        shims_life.close()
-        os.close(null)
-    if options.linger_s > 0:
-        life.close()
-        return None, stream
-    life.setblocking(False)
+    with shims_life, agents:
+        try:
+            if stream is None:
+                with short_path(plan.directory / "agent.sock") as path:
+                    agents.bind(path)
+                agents.listen(16)
+            given = [agents.fileno(), log, shims_life.fileno()]
+            if (sealed := plan.runtime.sealed()) is not None:
+                given.append(sealed)
+            spawn_shim(shim, plan.shim_arguments(), given)
+        except BaseException:
+            life.close()
+            if stream is not None:
+                stream.close()
+            raise
     return life, stream
 
 

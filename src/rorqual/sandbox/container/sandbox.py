@@ -20,7 +20,7 @@ from rorqual.sandbox.agent_sandbox import AgentSandbox
 from rorqual.sandbox.client import AgentClient
 from rorqual.sandbox.container.cgroup import Cgroup
 from rorqual.sandbox.container.egress import find_routes, install_rules, process_inside
-from rorqual.sandbox.container.runtime import Runtime
+from rorqual.sandbox.container.runtime import Runtime, disk_of
 from rorqual.sandbox.contract import Capabilities, Limit, Network
 from rorqual.sandbox.images import ImageStore
 from rorqual.sandbox.layout import Layout
@@ -93,7 +93,7 @@ class ContainerSandbox(AgentSandbox):
                 f"{self._runtime.name} here: there are no direct routes, only names by the proxy"
             )
         routes = await find_routes(network)
-        pid = process_inside(list(self._cgroup.directories.values()))
+        pid = process_inside(self._cgroup.directories.values())
         await asyncio.to_thread(install_rules, pid, routes)
         named = {route.address: route.host for route in routes if route.address != route.host}
         hosts = b"" if not named else await self.read("/etc/hosts")
@@ -125,7 +125,7 @@ class ContainerSandbox(AgentSandbox):
     async def snapshot(self) -> Snapshot:
         if self.capabilities.snapshot is None:
             raise UnsupportedError("an unprivileged container has no layer to snapshot")
-        upper = self.directory / "disk" / "upper"
+        upper = Path(disk_of(self.directory), "upper")
         base = self.options.snapshot.id if self.options.snapshot else self.options.image
         store = ImageStore(self._layout.images)
         commit = partial(store.commit, upper, base, seen_by=self._shim())
@@ -181,7 +181,7 @@ class ContainerSandbox(AgentSandbox):
         if self.capabilities.snapshot is None:
             return None
         return await asyncio.to_thread(
-            _digest_tree, Path(f"/proc/{self._shim()}/root{self.directory}/disk/upper")
+            _digest_tree, Path(f"/proc/{self._shim()}/root{disk_of(self.directory)}/upper")
         )
 
     def _shim(self) -> int:
@@ -196,14 +196,15 @@ class ContainerSandbox(AgentSandbox):
         if self._ended:
             return
         self._ended = True
-        self.client.send(b"q", 0)
         if self._life is None:
+            self.client.send(b"q", 0)
             await self._wait_for_removal()
             return
         loop = asyncio.get_running_loop()
         life, self._life = self._life, None
         try:
             life.shutdown(socket.SHUT_WR)  # the shim kills what lives, cleans up and leaves
+            self.client.close()
             async with asyncio.timeout(END_S):
                 while await loop.sock_recv(life, 1):
                     pass
