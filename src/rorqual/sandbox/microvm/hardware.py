@@ -1,7 +1,7 @@
-"""The machines of the microvm substrate as QEMU command lines: pure functions of plain data.
+"""The machines of the microvm substrate, and QEMU's command lines: pure functions of plain data.
 
 Every file and socket is a descriptor QEMU inherits, so that it can run as a user who may open none
-of them.
+of them. What Firecracker is told is in firecracker_api.py.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ RESERVED_BYTES = 64 * MIB
 TRANSLATION_MIB = 64
 """Largest cache of translated code under emulation, per machine."""
 
-MAX_LAYERS = {"microvm": 6, "q35": 20}
-"""Free virtio places: a microvm has eight, one is the agent's line."""
+MAX_LAYERS = {"microvm": 6, "q35": 20, "firecracker": 16}
+"""Free virtio places: a microvm has eight, one is the agent's line; Firecracker has 19 interrupts,
+and its kernel's command line is full at about as many."""
+
+VSOCK_PORT = 999
+"""Where the agent of a Firecracker guest listens; below 1024, so that no command can."""
 
 Accelerator = Literal["kvm", "tcg"]
+MachineType = Literal["microvm", "q35", "firecracker"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +37,13 @@ class Hardware:
 
     Attributes:
         kernel, initramfs, layers: digests or paths, lowest layer first.
-        qemu: version; a saved state is for the version that wrote it.
+        machine: a machine type of QEMU, or Firecracker's only one.
+        version: QEMU's or Firecracker's; a saved state is for the version that wrote it.
     """
 
-    machine: Literal["microvm", "q35"]
+    machine: MachineType
     accelerator: Accelerator
-    qemu: str
+    version: str
     kernel: str
     initramfs: str
     layers: tuple[str, ...]
@@ -81,7 +87,11 @@ class Descriptors:
 
 def boot_line(hardware: Hardware) -> str:
     """The kernel's command line; native/init.c reads the part after ``rorqual.``."""
-    words = ["console=ttyS0", "quiet", "reboot=t", "panic=-1", "rdinit=/init"]
+    words = ["console=ttyS0", "quiet", "panic=-1", "rdinit=/init"]
+    if hardware.machine == "firecracker":  # its keyboard controller knows one key: reset
+        words += ["reboot=k", f"rorqual.vsock={VSOCK_PORT}"]
+    else:
+        words.append("reboot=t")
     words += [
         f"rorqual.layers={len(hardware.layers)}",
         f"rorqual.disk={hardware.disk_bytes}",

@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import tarfile
 import tempfile
@@ -21,15 +22,15 @@ from typing import Literal
 
 from rorqual.errors import SandboxFailedError, SandboxRequestError, SubstrateMissingError
 from rorqual.sandbox.microvm.vmlinux import extract_vmlinux
+from rorqual.sandbox.tools import KERNEL_TOOLS, install_command, missing_tools
 
 CONFIG = Path(__file__).with_name("kernel.config")
 SOURCE_PACKAGE = "linux-source"
 CLOUD_PACKAGE = "linux-image-cloud-amd64"
 BUILD_COMMAND = "rorqual sandbox kernel build"
 FETCH_COMMAND = "rorqual sandbox kernel fetch"
-BUILD_PACKAGES = "gcc make flex bison bc libelf-dev xz-utils"
 
-_STEPS = 1250
+_STEPS = 936
 """Files a build compiles, for the progress bar: counted on linux-source 6.1."""
 
 _MODULES = (
@@ -42,7 +43,18 @@ _MODULES = (
     "crc32c_generic",
 )
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
+"""Told the stage, and of it how much is done of how much; 0 of 0 where that is not known."""
+
+_SAME_EVERYWHERE = {
+    "KBUILD_BUILD_TIMESTAMP": "1970-01-01",
+    "KBUILD_BUILD_USER": "rorqual",
+    "KBUILD_BUILD_HOST": "rorqual",
+    "KBUILD_BUILD_VERSION": "1",
+    "LC_ALL": "C",
+    "TZ": "UTC",
+}
+"""Makes the kernel the same, byte for byte, whoever builds it where and when with one compiler."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +64,19 @@ class Kernel:
     Attributes:
         machine: the QEMU machine it works on.
         modules: to be loaded first, in this order.
+        vsock: whether it has sockets to its host, which Firecracker's guests need.
     """
 
     file: Path
     machine: Literal["microvm", "q35"]
     version: str
     modules: tuple[Path, ...] = ()
+    vsock: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its directory's: machine, version and a digest of it."""
+        return self.file.parent.name
 
     @property
     def note(self) -> str | None:
@@ -80,17 +99,41 @@ def find_kernel(cache: Path | None = None) -> Kernel:
     Raises:
         SubstrateMissingError: there is none; the message says how to get one.
     """
+    found = kernels(cache)
+    if not found:
+        raise SubstrateMissingError(
+            f"there is no guest kernel: {FETCH_COMMAND} (Debian's, at once) or "
+            f"{BUILD_COMMAND} (our own, 10 to 17 minutes of processor time, starts faster)"
+        )
+    return found[0]
+
+
+def kernels(cache: Path | None = None) -> list[Kernel]:
+    """Those that are here, best first: our own before Debian's, the newest before older ones."""
     cache = default_cache() if cache is None else cache
-    for kind in ("microvm", "q35"):
-        for described in sorted(cache.glob(f"{kind}-*/kernel.json"), reverse=True):
-            try:
-                return _load(described)
-            except (OSError, ValueError, KeyError):
-                continue  # half removed by hand: as good as not there
-    raise SubstrateMissingError(
-        f"there is no guest kernel: {FETCH_COMMAND} (Debian's, at once) or "
-        f"{BUILD_COMMAND} (our own, 10 to 17 minutes of processor time, starts faster)"
-    )
+    found = []
+    for described in cache.glob("*/kernel.json"):
+        try:
+            found.append((described.stat().st_mtime, _load(described)))
+        except (OSError, ValueError, KeyError):
+            continue  # half removed by hand: as good as not there
+    found.sort(key=lambda timed: (timed[1].machine != "microvm", -timed[0]))
+    return [kernel for _, kernel in found]
+
+
+def remove_kernel(name: str, cache: Path | None = None) -> Kernel:
+    """Remove the kernel called `name`; machines that run it go on, snapshots of it are lost.
+
+    Raises:
+        SandboxRequestError: there is none of that name.
+    """
+    here = kernels(cache)
+    for kernel in here:
+        if kernel.name == name:
+            shutil.rmtree(kernel.file.parent)
+            return kernel
+    names = ", ".join(kernel.name for kernel in here) or "none"
+    raise SandboxRequestError(f"there is no kernel {name!r} (here: {names})")
 
 
 def _load(described: Path) -> Kernel:
@@ -99,8 +142,13 @@ def _load(described: Path) -> Kernel:
     if data["machine"] not in ("microvm", "q35") or not (folder / "vmlinux").exists():
         raise ValueError(f"{described} is damaged")
     modules = tuple(sorted((folder / "modules").glob("*.ko")))
+    config = (data.get("about") or {}).get("config", "")
     return Kernel(
-        file=folder / "vmlinux", machine=data["machine"], version=data["version"], modules=modules
+        file=folder / "vmlinux",
+        machine=data["machine"],
+        version=data["version"],
+        modules=modules,
+        vsock="CONFIG_VIRTIO_VSOCKETS=y" in config.splitlines(),
     )
 
 
@@ -141,7 +189,7 @@ def build_kernel(
     jobs: int | None = None,
     cache: Path | None = None,
     scratch: Path | None = None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda stage, done, total: None,
 ) -> Kernel:
     """Build the small kernel and keep it.
 
@@ -149,21 +197,22 @@ def build_kernel(
         source: an unpacked tree or Debian's linux-source-*.tar.xz; else /usr/src is looked at,
             then the package is downloaded with apt-get.
         scratch: where to work; 2 GB.
-        progress: called with compiled files so far and the expected total.
+        progress: told the stages: downloading, unpacking, configuring, compiling.
 
     Raises:
         SubstrateMissingError: a tool is missing.
         SandboxFailedError: the build failed; the message has its last lines.
     """
-    for tool in ("gcc", "make", "flex", "bison", "bc"):
-        if shutil.which(tool) is None:
-            raise SubstrateMissingError(
-                f"{tool} is needed to build a kernel: "
-                f"apt-get install --no-install-recommends {BUILD_PACKAGES}"
-            )
+    if missing := missing_tools(tools=KERNEL_TOOLS):
+        named = ", ".join(tool.programs[0] for tool in missing)
+        raise SubstrateMissingError(
+            f"building a kernel needs {named}: rorqual sandbox install --kernel, which is "
+            f"{' '.join(install_command(missing))}"
+        )
     with tempfile.TemporaryDirectory(dir=scratch, prefix="rorqual-kernel-") as place:
-        tree = _source_tree(source, Path(place))
+        tree = _source_tree(source, Path(place), progress)
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        progress("configuring", 0, 0)
         _configure(tree)
         _compile(tree, jobs or os.cpu_count() or 1, progress)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -176,9 +225,11 @@ def build_kernel(
         return _save(kept, "microvm", version, stripped, about=about)
 
 
-def _source_tree(source: Path | None, place: Path) -> Path:
+def _source_tree(source: Path | None, place: Path, progress: Progress) -> Path:
     if source is None:
         installed = sorted(Path("/usr/src").glob("linux-source-*.tar.xz"))
+        if not installed:
+            progress("downloading the source", 0, 0)
         source = installed[-1] if installed else _download_source(place)
     if source.is_dir():
         if not (source / "Kconfig").exists():
@@ -186,6 +237,7 @@ def _source_tree(source: Path | None, place: Path) -> Path:
         return source.resolve()
     if not source.is_file() or not tarfile.is_tarfile(source):
         raise SandboxRequestError(f"{source} is neither a kernel source tree nor an archive of one")
+    progress("unpacking the source", 0, 0)
     _run(["tar", "-xf", str(source.resolve()), "-C", str(place)], place)
     trees = [path.parent for path in place.glob("*/Kconfig")]
     if len(trees) != 1:
@@ -246,7 +298,9 @@ def _compile(tree: Path, jobs: int, progress: Progress) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "KBUILD_BUILD_TIMESTAMP": "1970-01-01", "KBUILD_BUILD_USER": "rorqual"},
+        errors="replace",
+        env={**os.environ, **_SAME_EVERYWHERE},
+        process_group=0,
     )
     assert process.stdout is not None
     last: list[str] = []
@@ -256,10 +310,11 @@ def _compile(tree: Path, jobs: int, progress: Progress) -> None:
             last = [*last[-20:], line]
             if line.startswith(("  CC ", "  AS ")):
                 done += 1
-                progress(done, max(done, _STEPS))
+                progress("compiling", done, max(done, _STEPS))
         code = process.wait()
     except BaseException:
-        process.terminate()
+        # make and all compilers: what still writes would keep the directory from being removed.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         raise
     if code != 0:

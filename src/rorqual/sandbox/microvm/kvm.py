@@ -23,11 +23,16 @@ PROBE_S = 10.0
 """A guest on working KVM says its first words within a fraction of a second."""
 
 
+def kvm_opens() -> bool:
+    """Whether KVM may be tried at all."""
+    return os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
 async def choose_accelerator(
     layout: Layout, qemu: Qemu, kernel: Kernel, initramfs: Path
 ) -> Accelerator:
     """KVM if a guest has started with it on this kernel and QEMU, else emulation; remembered."""
-    if not os.access("/dev/kvm", os.R_OK | os.W_OK):
+    if not kvm_opens():
         return "tcg"
     told = {"host": platform.release(), "qemu": qemu.version, "guest": kernel.version}
     record = default_cache().parent / "kvm.json"

@@ -1,7 +1,9 @@
-"""Saved machines that new ones start from: a shared memory file and the state of the devices.
+"""Saved machines that new ones start from: a memory file and the state of the devices.
 
 A template is made by booting once. Forks map its memory privately, so that each costs only what it
-changes and starts without booting. A snapshot of a running machine becomes a template as well.
+changes and starts without booting. A snapshot of a running machine becomes a template as well. How
+machines are booted, saved and started is QEMU's part here and Firecracker's in
+firecracker_template.py.
 """
 
 from __future__ import annotations
@@ -13,10 +15,12 @@ import json
 import os
 import secrets
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from rorqual.errors import (
     SandboxFailedError,
@@ -26,15 +30,21 @@ from rorqual.errors import (
 from rorqual.sandbox.contract import ExecRequest, Limits
 from rorqual.sandbox.layout import Layout
 from rorqual.sandbox.microvm.hardware import Descriptors, Hardware, arguments
+from rorqual.sandbox.microvm.launch import NOBODY, MachineProcess
 from rorqual.sandbox.microvm.line import LineClient, connect_line
-from rorqual.sandbox.microvm.process import NOBODY, Machine, Qemu, start_machine
+from rorqual.sandbox.microvm.process import Machine, Qemu, start_machine
 
 BOOT_S = 120.0
 """Longest boot: emulation on a busy machine."""
 
+ANSWER_S = 60.0
+"""Longest wait for the agent of a machine that goes on."""
+
 RESTORE_S = 60.0
 KEEP_TEMPLATES = 8
 _WARM_UP = ("/bin/sh", "-c", "ls / >/dev/null; cat /proc/uptime >/dev/null")
+
+M = TypeVar("M", bound=MachineProcess)
 
 
 @dataclass(frozen=True)
@@ -53,28 +63,62 @@ class Template:
         return self.directory / "devices"
 
 
-class TemplateStore:
-    """The templates below one root; booted ones by their hardware, snapshots by their id."""
+class Templates(ABC, Generic[M]):
+    """The templates below one root; booted ones by their hardware, snapshots by their id.
 
-    def __init__(self, layout: Layout, qemu: Qemu) -> None:
+    Attributes:
+        program: what runs the machines, and its version; it starts only what it saved itself.
+    """
+
+    program: str
+    version: str
+
+    def __init__(self, layout: Layout) -> None:
         self._layout = layout
-        self._qemu = qemu
         self._root = layout.root / "templates"
 
+    # -- what differs
+    @abstractmethod
+    def runs(self, hardware: Hardware) -> bool:
+        """Whether machines of this hardware are this program's, of whatever version."""
+
+    @abstractmethod
+    async def start(self, template: Template, *, id: str, limits: Limits) -> tuple[M, LineClient]:
+        """A fork of `template` that runs, and its agent.
+
+        Raises:
+            SandboxFailedError: it did not start; the message has why.
+        """
+
+    @abstractmethod
+    async def _boot(self, partial: Template) -> None:
+        """Boot a machine, warm it up and write it to `partial`'s files."""
+
+    @abstractmethod
+    async def _save_running(self, machine: M, client: LineClient, partial: Template) -> None:
+        """Write a machine that goes on afterwards to `partial`'s files."""
+
+    # -- what does not
     def snapshot(self, id: str) -> Template:
         """The template of a snapshot.
 
         Raises:
-            SandboxRequestError: there is none, or it was made by another QEMU.
+            SandboxRequestError: there is none, or it was made by another program or version.
         """
         if not id.startswith("machine-") or not id.removeprefix("machine-").isalnum():
             raise SandboxRequestError(f"{id!r} is no snapshot of a machine")
         template = self._load(self._root / id)
         if template is None:
             raise SandboxRequestError(f"snapshot {id!r} is gone")
-        if template.hardware.qemu != self._qemu.version:
+        if not self.runs(template.hardware):
             raise SandboxRequestError(
-                f"snapshot {id!r} is of QEMU {template.hardware.qemu}; here is {self._qemu.version}"
+                f"snapshot {id!r} was not made by {self.program}: give the isolation it was made "
+                "with"
+            )
+        if template.hardware.version != self.version:
+            raise SandboxRequestError(
+                f"snapshot {id!r} is of {self.program} {template.hardware.version}; "
+                f"here is {self.version}"
             )
         return template
 
@@ -99,42 +143,111 @@ class TemplateStore:
                 return template
             self._discard_old()
             async with self._making(hardware, directory) as partial:
-                machine = await self.run(partial, shared=True)
-                try:
-                    client = await self._meet(machine, BOOT_S)
-                    await _warm_up(client)
-                    async with client.silence():
-                        await save_devices(machine, partial.devices)
-                    client.close()
-                finally:
-                    await machine.end()
+                await self._boot(partial)
         return Template(directory, hardware)
 
-    async def keep(self, machine: Machine, client: LineClient, hardware: Hardware) -> str:
-        """Save a running machine as a template and let it go on; returns the snapshot's id.
-
-        Its memory is a private view and goes through a stream once; a second QEMU turns the stream
-        into a file that forks can share.
-        """
+    async def keep(self, machine: M, client: LineClient, hardware: Hardware) -> str:
+        """Save a running machine as a template and let it go on; returns the snapshot's id."""
         id = f"machine-{secrets.token_hex(12)}"
+        async with self._making(hardware, self._root / id) as partial:
+            await self._save_running(machine, client, partial)
+        return id
+
+    @asynccontextmanager
+    async def _making(self, hardware: Hardware, target: Path) -> AsyncIterator[Template]:
+        """An empty directory; becomes `target` when the block ends well."""
+        partial = self._root / f".{target.name}.{secrets.token_hex(4)}"
+        partial.mkdir(parents=True, mode=0o700)
+        template = Template(partial, hardware)
+        try:
+            yield template
+            (partial / "hardware.json").write_text(json.dumps(asdict(hardware)))
+            shutil.rmtree(target, ignore_errors=True)  # a damaged one
+            partial.rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @asynccontextmanager
+    async def _locked(self, key: str) -> AsyncIterator[None]:
+        """One maker per template, also across processes."""
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        stream = self._root / f".{id}.stream"
+        fd = os.open(self._root / f".{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    await asyncio.sleep(0.05)
+            yield
+        finally:
+            os.close(fd)
+
+    def _discard_old(self) -> None:
+        """Remove the least recently used booted templates; running forks keep their memory."""
+        booted = [path for path in self._root.iterdir() if path.is_dir() and path.name[0] != "."]
+        booted = [path for path in booted if not path.name.startswith("machine-")]
+        booted.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in booted[KEEP_TEMPLATES - 1 :]:
+            shutil.rmtree(path, ignore_errors=True)
+            path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
+
+
+class TemplateStore(Templates[Machine]):
+    """QEMU's. The memory file is mapped shared while a template is made, and privately by forks."""
+
+    program = "QEMU"
+
+    def __init__(self, layout: Layout, qemu: Qemu) -> None:
+        super().__init__(layout)
+        self.version = qemu.version
+        self._qemu = qemu
+
+    def runs(self, hardware: Hardware) -> bool:
+        return hardware.machine != "firecracker"
+
+    async def start(
+        self, template: Template, *, id: str, limits: Limits
+    ) -> tuple[Machine, LineClient]:
+        machine = await self.run(template, state=template.devices, id=id, limits=limits)
+        try:
+            await machine.resume()
+            return machine, await self._meet(machine, ANSWER_S)
+        except BaseException:
+            await machine.end()
+            raise
+
+    async def _boot(self, partial: Template) -> None:
+        _make_memory(partial)
+        machine = await self.run(partial, shared=True)
+        try:
+            client = await self._meet(machine, BOOT_S)
+            await warm_up(client)
+            async with client.silence():
+                await save_devices(machine, partial.devices)
+            client.close()
+        finally:
+            await machine.end()
+
+    async def _save_running(self, machine: Machine, client: LineClient, partial: Template) -> None:
+        # Its memory is a private view and goes through a stream once; a second QEMU turns the
+        # stream into a file that forks can share.
+        stream = partial.directory / "stream"
         try:
             async with client.silence():
-                await machine.qmp.execute("stop")
+                await machine.pause()
                 try:
                     await _migrate(machine, stream, with_memory=True)
                 finally:
-                    await machine.qmp.execute("cont")
-            async with self._making(hardware, self._root / id) as partial:
-                copy = await self.run(partial, shared=True, state=stream)
-                try:
-                    await save_devices(copy, partial.devices)
-                finally:
-                    await copy.end()
+                    await machine.resume()
+            _make_memory(partial)
+            copy = await self.run(partial, shared=True, state=stream)
+            try:
+                await save_devices(copy, partial.devices)
+            finally:
+                await copy.end()
         finally:
             stream.unlink(missing_ok=True)
-        return id
 
     async def run(
         self,
@@ -194,55 +307,19 @@ class TemplateStore:
             said = machine.console.text[-1500:] or "its console is silent"
             raise SandboxFailedError(f"the guest did not start: {error}: {said}") from error
 
-    @asynccontextmanager
-    async def _making(self, hardware: Hardware, target: Path) -> AsyncIterator[Template]:
-        """A directory with an empty memory file; becomes `target` when the block ends well."""
-        partial = self._root / f".{target.name}.{secrets.token_hex(4)}"
-        partial.mkdir(parents=True, mode=0o700)
-        template = Template(partial, hardware)
-        try:
-            with template.memory.open("wb") as memory:
-                memory.truncate(hardware.ram_bytes)
-                if os.geteuid() == 0:
-                    os.fchown(memory.fileno(), NOBODY, NOBODY)
-            yield template
-            (partial / "hardware.json").write_text(json.dumps(asdict(hardware)))
-            shutil.rmtree(target, ignore_errors=True)  # a damaged one
-            partial.rename(target)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
-    @asynccontextmanager
-    async def _locked(self, key: str) -> AsyncIterator[None]:
-        """One maker per template, also across processes."""
-        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd = os.open(self._root / f".{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    await asyncio.sleep(0.05)
-            yield
-        finally:
-            os.close(fd)
-
-    def _discard_old(self) -> None:
-        """Remove the least recently used booted templates; running forks keep their memory."""
-        booted = [path for path in self._root.iterdir() if path.is_dir() and path.name[0] != "."]
-        booted = [path for path in booted if not path.name.startswith("machine-")]
-        booted.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in booted[KEEP_TEMPLATES - 1 :]:
-            shutil.rmtree(path, ignore_errors=True)
-            path.with_name(f".{path.name}.lock").unlink(missing_ok=True)
+def _make_memory(template: Template) -> None:
+    with template.memory.open("wb") as memory:
+        memory.truncate(template.hardware.ram_bytes)
+        if os.geteuid() == 0:
+            os.fchown(memory.fileno(), NOBODY, NOBODY)
 
 
 def _files_of(hardware: Hardware) -> tuple[str, ...]:
     return (hardware.kernel, hardware.initramfs, *hardware.layers)
 
 
-async def _warm_up(client: LineClient) -> None:
+async def warm_up(client: LineClient) -> None:
     """Run a shell once, so that every fork finds it and its libraries in memory."""
 
     def ignore(channel: object, data: bytes) -> None:

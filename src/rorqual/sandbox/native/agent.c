@@ -1,9 +1,10 @@
 // The process inside every sandbox: first process of a container or a service of a guest machine.
 // It runs commands, moves their bytes, kills their trees, and keeps a journal of what it was asked.
 //
-// Usage: agent [--listen FD | --stream FD | --device PATH | --port NAME] [--guard FD]
-//              [--linger MS] [--ttl MS]
+// Usage: agent [--listen FD | --vsock PORT | --stream FD | --device PATH | --port NAME]
+//              [--guard FD] [--linger MS] [--ttl MS]
 //   --listen   accept connections on an inherited listening unix socket (default, FD 0)
+//   --vsock    accept connections on this port of a guest machine's socket device
 //   --stream   talk over one inherited descriptor; --device over a character device (virtio-serial)
 //   --port     over the virtio-serial port of this name, once there is one: for guests of their own
 //   --guard    leave when this inherited pipe closes: whoever cleans up after us has died
@@ -29,6 +30,7 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <linux/random.h>
+#include <linux/vm_sockets.h>
 
 #include "confine.h"
 #include "files.h"
@@ -64,7 +66,9 @@ struct connection {
     int fd;
     unsigned char *in, *out;
     size_t in_size, in_capacity, out_start, out_size, out_capacity;
-    bool device, held;  // held: the host asked for silence until it says more
+    // held: the host asked for silence until it says more, on this connection or, since a saved
+    // machine loses its connections, on the next one, which takes this one's place and commands
+    bool device, held;
 };
 
 struct command {
@@ -770,27 +774,35 @@ static void detach_commands(int index) {
     }
 }
 
+// What is left is its place, and that it is held.
+static void empty_connection(struct connection *c) {
+    close_fd(&c->fd);
+    free(c->in), free(c->out);
+    *c = (struct connection){.fd = -1, .held = c->held};
+}
+
 static void drop_connection(int index) {
     struct connection *gone = &connections[index];
     if (gone->fd < 0) return;
-    detach_commands(index);
+    if (!gone->held) detach_commands(index);
     if (gone->device) return;  // a serial line never ends: the next host says hello on it
-    close_fd(&gone->fd);
-    free(gone->in), free(gone->out);
-    *gone = (struct connection){.fd = -1};
+    empty_connection(gone);
     alone_since_ms = now_ms();
 }
 
 static int add_connection(int fd, bool device) {
-    for (int i = 0; i < MAX_CONNECTIONS; i++) {
-        if (connections[i].fd >= 0) continue;
-        connections[i] = (struct connection){.fd = fd, .device = device};
-        fcntl(fd, F_SETFL, O_NONBLOCK), fcntl(fd, F_SETFD, FD_CLOEXEC);
-        if (!device) greet(i);
-        return i;
-    }
-    close(fd);
-    return -1;
+    int place = -1;
+    for (int i = MAX_CONNECTIONS - 1; i >= 0; i--)
+        if (connections[i].fd < 0 && !connections[i].held) place = i;
+    for (int i = 0; i < MAX_CONNECTIONS; i++)
+        if (connections[i].held && !connections[i].device) place = i;
+    if (place < 0) return close(fd), -1;
+    empty_connection(&connections[place]);
+    struct connection *c = &connections[place];
+    c->fd = fd, c->device = device;
+    fcntl(fd, F_SETFL, O_NONBLOCK), fcntl(fd, F_SETFD, FD_CLOEXEC);
+    if (!device) greet(place);
+    return place;
 }
 
 static void read_connection(int index) {
@@ -926,6 +938,17 @@ static void name_this_boot(void) {
     for (int i = 0; i < 16; i++) snprintf(boot_id + 2 * i, 3, "%02x", random[i]);
 }
 
+// A listening socket that the machine's host reaches; only root may take a port below 1024.
+static int listen_on_vsock(unsigned port) {
+    struct sockaddr_vm address = {
+        .svm_family = AF_VSOCK, .svm_cid = VMADDR_CID_ANY, .svm_port = port};
+    int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0) return -1;
+    if (bind(fd, (struct sockaddr *)&address, sizeof address) < 0 || listen(fd, 8) < 0)
+        return close_fd(&fd), -1;
+    return fd;
+}
+
 // The number in a port's device name depends on the machine; its name does not.
 static int open_port(const char *wanted) {
     for (;; usleep(20000)) {
@@ -956,6 +979,7 @@ int main(int argc, char **argv) {
     for (int i = 1; i + 1 < argc; i += 2) {
         const char *name = argv[i], *value = argv[i + 1];
         if (!strcmp(name, "--listen")) listen_fd = atoi(value);
+        else if (!strcmp(name, "--vsock")) listen_fd = listen_on_vsock((unsigned)atoi(value));
         else if (!strcmp(name, "--stream")) stream_fd = atoi(value);
         else if (!strcmp(name, "--device")) stream_fd = open(value, O_RDWR | O_CLOEXEC), device = true;
         else if (!strcmp(name, "--port")) stream_fd = open_port(value), device = true;
@@ -964,7 +988,7 @@ int main(int argc, char **argv) {
         else if (!strcmp(name, "--ttl")) ttl_deadline_ms = now_ms() + atoll(value);
         else return dprintf(2, "agent: unknown option %s\n", name), 2;
     }
-    if (device && stream_fd < 0) return perror("agent"), 1;
+    if ((device && stream_fd < 0) || listen_fd < 0) return perror("agent"), 1;
     prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);  // no command can look into or trace this process
     signal(SIGPIPE, SIG_IGN);
     sigset_t watched;

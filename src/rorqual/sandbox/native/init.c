@@ -6,6 +6,8 @@
 //   rorqual.disk=BYTES    size of the memory file system that takes what is written
 //   rorqual.processes=N   processes and threads beside those that run now
 //   rorqual.read_only=1   root read-only, memory file systems where a program must write
+//   rorqual.vsock=PORT    the agent listens there, and has no line of its own; disks have no serial
+//                         numbers: the Nth is layerN
 // Commands see neither the disks nor the agent's line: the device directory is made here.
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -75,6 +77,12 @@ static void load_modules(void) {
 static bool find_disk(int number, char *path, size_t size) {
     char wanted[16];
     snprintf(wanted, sizeof wanted, "layer%d", number);
+    if (setting("vsock", 0)) {
+        snprintf(path, size, "/dev/vd%c", 'a' + number);
+        for (int tries = 0; tries < 500; tries++, usleep(10000))
+            if (access(path, F_OK) == 0) return true;
+        return false;
+    }
     for (int tries = 0; tries < 500; tries++, usleep(10000)) {
         DIR *blocks = opendir("/sys/block");
         for (struct dirent *e; blocks && (e = readdir(blocks));) {
@@ -147,6 +155,7 @@ static void make_devices(void) {
         snprintf(path, sizeof path, "/root/dev/%s", links[i][1]);
         if (symlink(links[i][0], path) < 0) fail("symlink", path);
     }
+    if (setting("vsock", 0)) return;
     // The line has one opener at a time: once the agent holds it, nobody else can.
     struct stat port;
     for (int tries = 0; stat("/dev/vport0p1", &port) < 0; tries++, usleep(10000))
@@ -216,7 +225,11 @@ int main(void) {
     umount2("/sys", MNT_DETACH), umount2("/proc", MNT_DETACH), umount2("/dev", MNT_DETACH);
     if (chdir("/root") < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0)
         fail("enter", "/root");
-    char *arguments[] = {"agent", "--device", "/dev/agent", NULL};
+    char port[16];
+    snprintf(port, sizeof port, "%lld", setting("vsock", 0));
+    char *by_line[] = {"agent", "--device", "/dev/agent", NULL};
+    char *by_socket[] = {"agent", "--vsock", port, "--linger", "-1", NULL};
+    char **arguments = setting("vsock", 0) ? by_socket : by_line;
     char *environment[] = {"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", NULL};
     fexecve(agent, arguments, environment);
     fail("run", "the agent");

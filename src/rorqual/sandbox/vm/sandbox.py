@@ -95,6 +95,8 @@ def computer_arguments(computer: Computer, fds: dict[str, int], *, restore: bool
 class VMSandbox(MachineSandbox):
     """A running full machine. Made by `start_vm`."""
 
+    machine: Machine
+
     def __init__(
         self, *, computer: Computer, layout: Layout, machine: Machine, **given: object
     ) -> None:
