@@ -48,6 +48,7 @@ test: test-tools ## run every test but the heavy sandbox ones, in JOBS (2) proce
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs -n $(JOBS) --dist loadgroup
 
 test-sandbox: test-tools ## run the heavy sandbox tests: crash, leak, escape, gVisor
+	@$(BIN)/rorqual sandbox install --tests || echo 'Going on without some of the tools.'
 	$(BIN)/python -m pytest tests/sandbox -rs -m 'sandbox or not sandbox'
 
 # Whatever is not there and cannot be installed here is a skipped test with a reason.

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from rorqual.bench.sandbox_machine import template_forks
+from rorqual.bench.sandbox_rows import Bench
 from rorqual.errors import SandboxRequestError, UnsupportedError
-from rorqual.sandbox.contract import MIB, Limits
+from rorqual.sandbox.contract import MIB, Limits, Network
 from rorqual.sandbox.layout import Layout
 from rorqual.sandbox.microvm.initramfs import build_initramfs
 from rorqual.sandbox.microvm.kernel import find_kernel
@@ -18,6 +20,7 @@ from rorqual.sandbox.microvm.kvm import choose_accelerator, starts_with_kvm
 from rorqual.sandbox.microvm.process import find_qemu
 from rorqual.sandbox.microvm.sandbox import MicroVMSandbox
 from rorqual.sandbox.sandbox import Sandbox
+from rorqual.sandbox.saved import remove_saved, saved_machines
 
 from .conftest import Make, run
 from .test_contract import (  # noqa: F401  (run again, with this module's `make`)
@@ -53,6 +56,30 @@ pytestmark = pytest.mark.sandbox
 
 # A guest's /usr is its own copy.
 GRANTED = ("write to host's /usr",)
+
+
+# Opens a connection out through the proxy and takes one in, answers on both in capitals, and writes
+# down when one ends: a stale one would stay open without ever saying another word.
+PEER = rb"""
+import socket, sys, threading
+def serve(sock, name):
+    try:
+        while data := sock.recv(100):
+            sock.sendall(data.upper())
+    except OSError:
+        pass
+    open('/workspace/' + name, 'w').write('ended')
+server = socket.create_server(('127.0.0.1', 7777))
+out = socket.create_connection(('127.0.0.1', 3128))
+out.sendall(b'CONNECT localhost:%s HTTP/1.1\r\n\r\n' % sys.argv[1].encode())
+assert b' 200 ' in out.recv(100)
+out.sendall(b'.')
+threading.Thread(target=serve, args=(out, 'out')).start()
+serve(server.accept()[0], 'in')
+"""
+BOTH_ENDED = (
+    "for i in $(seq 400); do [ -s out ] && [ -s in ] && exit; sleep 0.05; done; ls out in; exit 1"
+)
 
 
 @pytest.fixture
@@ -100,12 +127,13 @@ def test_fork_bomb_is_contained_and_killed(make: Make) -> None:
     run(work())
 
 
-def test_forks_have_an_identity_of_their_own_and_run_on(make: Make) -> None:
+def test_forks_have_an_identity_of_their_own_and_run_on(make: Make, root: Path) -> None:
     async def work() -> None:
         tell = "cat /etc/machine-id; hostname; head -c16 /dev/urandom | od -An -tx1"
         count = "(while true; do echo x >> /workspace/n; sleep 0.1; done) >/dev/null 2>&1 & echo $!"
         async with await make() as sandbox:
             pid = (await sandbox.exec(count)).text.strip()
+            before = saved_machines(Layout(root))
             forks = await sandbox.fork(2)
             async with forks[0], forks[1]:
                 machines = [sandbox, *forks]
@@ -118,10 +146,64 @@ def test_forks_have_an_identity_of_their_own_and_run_on(make: Make) -> None:
                     assert (await machine.exec(["kill", "-0", pid])).ok
                 await forks[0].exec(["kill", pid])
                 assert (await forks[1].exec(["kill", "-0", pid])).ok
-            snapshot = forks[0].options.snapshot
-            assert snapshot is not None
+            assert saved_machines(Layout(root)) == before  # what only its forks need is gone
+            snapshot = await sandbox.snapshot()
             with pytest.raises(SandboxRequestError, match="cannot change"):
                 await make(snapshot=snapshot, limits=Limits(memory_bytes=99 * MIB))
+            assert saved_machines(Layout(root))[-1].id == snapshot.id
+            assert remove_saved(Layout(root), snapshot.id)
+            assert saved_machines(Layout(root)) == before
+            with pytest.raises(SandboxRequestError, match="is gone"):
+                await make(snapshot=snapshot)
+
+    run(work(), timeout_s=300)
+
+
+Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def answers(connection: Connection) -> bool:
+    """Whether the other end still does."""
+    connection[1].write(b"x")
+    return await asyncio.wait_for(connection[0].read(1), 30) == b"X"
+
+
+def test_connections_to_the_outside_end_in_a_fork_and_after_a_pause(make: Make) -> None:
+    async def work() -> None:
+        arrived: asyncio.Queue[Connection] = asyncio.Queue()
+        server = await asyncio.start_server(
+            lambda reader, writer: arrived.put_nowait((reader, writer)), "127.0.0.1", 0
+        )
+        port = server.sockets[0].getsockname()[1]
+        network = Network(allow=(f"localhost:{port}",), allow_private=True)
+
+        async def connect(sandbox: Sandbox) -> tuple[Connection, Connection]:
+            """One that the sandbox opened, and one into it."""
+            await sandbox.exec(f"python3 peer.py {port} >/dev/null 2>&1 &", cwd="/workspace")
+            outward = await asyncio.wait_for(arrived.get(), 30)
+            assert await asyncio.wait_for(outward[0].read(1), 30) == b"."
+            place = await sandbox.expose(7777)
+            return outward, await asyncio.open_connection(place.host, place.port)
+
+        async with await make(network=network, files={"/workspace/peer.py": PEER}) as sandbox:
+            held = await connect(sandbox)
+            assert await answers(held[0])
+            assert await answers(held[1])
+            (fork,) = await sandbox.fork()
+            async with fork:
+                assert (await fork.exec(BOTH_ENDED, cwd="/workspace")).ok
+                fresh = await connect(fork)  # the fork is not cut off, only what was before is
+                assert await answers(fresh[0])
+                assert await answers(fresh[1])
+            assert await answers(held[0])
+            assert await answers(held[1])
+            assert not (await sandbox.exec("ls out in", cwd="/workspace")).ok
+            await sandbox.pause()
+            for _, writer in held:  # nobody inside can notice while it stands still
+                writer.close()
+            await sandbox.resume()
+            assert (await sandbox.exec(BOTH_ENDED, cwd="/workspace")).ok
+        server.close()
 
     run(work(), timeout_s=300)
 
@@ -187,3 +269,17 @@ def test_what_a_machine_cannot_do_is_named(make: Make) -> None:
             await make(isolation="gvisor")
 
     run(work())
+
+
+def test_template_forks_are_measured_beside_qemu_alone(root: Path) -> None:
+    rows = run(template_forks(Bench(repetitions=1, root=root)), timeout_s=300)
+    assert [(row.measure, row.target, row.raw) for row in rows] == [
+        ("running", 80.0, "qemu -incoming"),
+        ("create returns", 0.0, ""),
+        ("first exec", 350.0, ""),
+        ("private memory, running", 20.0, "qemu -incoming"),
+        ("private memory, after first exec", 20.0, ""),
+    ]
+    assert all(row.median > 0 for row in rows)
+    assert rows[1].median < rows[2].median
+    assert rows[3].median < rows[4].median

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rorqual.bench.figure import figure_in
 
 if TYPE_CHECKING:
-    from rorqual.bench.sandbox import SandboxRow
+    from rorqual.bench.sandbox_rows import SandboxRow
 
 
 def plot(path: Path, rows: Sequence[SandboxRow]) -> None:

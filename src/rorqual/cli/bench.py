@@ -47,6 +47,12 @@ def _add_sandbox_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--root", type=Path, help="where sandboxes are kept (default: the system's)"
     )
+    parser.add_argument(
+        "--vm-image",
+        type=Path,
+        metavar="DISK",
+        help="measure the vm too, with this disk, whose guest starts the agent",
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw them there")
 

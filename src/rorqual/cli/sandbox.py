@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 from rorqual.cli.progress import status
 from rorqual.cli.sandbox_kernel import add_parser as add_kernel_parser
+from rorqual.cli.sandbox_run import add_options, options_of
+from rorqual.cli.sandbox_run import add_parser as add_run_parser
 from rorqual.cli.sandbox_serve import add_parsers
 from rorqual.errors import SandboxRequestError
 
-if TYPE_CHECKING:  # imported where needed, so that the command line starts quickly
-    from rorqual.sandbox.sandbox import SandboxOptions
+if TYPE_CHECKING:
+    from rorqual.sandbox.images import Image
 
 _MIB = 1 << 20
 
@@ -34,24 +36,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    run = commands.add_parser(
-        "run",
-        help="run one command and leave nothing",
-        description="Start a sandbox, run one command in it, and remove it. The exit code is the "
-        "command's; 124 after a timeout.",
-    )
-    _add_options(run)
-    run.add_argument("--timeout", type=float, default=300.0, metavar="S", help="(default: 300)")
-    run.add_argument("--allow", action="append", default=[], metavar="HOST[:PORT]")
-    run.add_argument("--upload", action="append", default=[], metavar="FILE:PATH")
-    run.add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD", help="the command")
-    run.set_defaults(run=_run)
+    add_run_parser(commands)
 
     doctor = commands.add_parser(
         "doctor",
         help="say which substrates work here",
         description="Start one sandbox of each substrate; say what is missing and how to get it.",
     )
+    doctor.add_argument("--vm-image", metavar="DISK", type=Path, help="try the vm, with this disk")
     doctor.set_defaults(run=_doctor)
 
     install = commands.add_parser(
@@ -60,6 +52,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Install the packages sandboxes use and this machine lacks. Debian, as root.",
     )
     install.add_argument("--dry-run", action="store_true", help="only say what is missing")
+    install.add_argument("--kernel", action="store_true", help="what 'kernel build' needs, too")
+    install.add_argument("--tests", action="store_true", help="what the heavy tests need, too")
     install.set_defaults(run=_install)
 
     sweep = commands.add_parser("sweep", help="remove what killed sandboxes left behind")
@@ -78,9 +72,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     build.add_argument("--packages", default="", help="comma separated, for debian:SUITE")
     build.add_argument("--mirror", default="", help="for debian:SUITE")
     build.set_defaults(run=_image_build)
-    images.add_parser("ls", help="list images").set_defaults(run=_image_list)
-    remove = images.add_parser("rm", help="remove an image and layers only it used")
-    remove.add_argument("name")
+    images.add_parser("ls", help="list images and snapshots").set_defaults(run=_image_list)
+    remove = images.add_parser("rm", help="remove images or snapshots, and layers only they used")
+    remove.add_argument("name", nargs="+")
     remove.set_defaults(run=_image_remove)
 
     log = commands.add_parser("log", help="show a trajectory, or list all")
@@ -95,77 +89,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     replay.add_argument("file", type=Path, help="the log file")
     replay.add_argument("trajectory")
-    _add_options(replay)
+    add_options(replay)
     replay.set_defaults(run=_replay)
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--substrate",
-        choices=("function", "container", "microvm", "vm"),
-        default="container",
-        help="(default: %(default)s)",
-    )
-    parser.add_argument("--isolation", help="crun, runc, bubblewrap or gvisor, for containers")
-    parser.add_argument("--image", help='an image, a directory, or "host" (the default)')
-    parser.add_argument("--memory", type=int, default=512, metavar="MIB", help="(default: 512)")
-    parser.add_argument("--cpus", type=float, default=1.0, help="(default: 1)")
-    parser.add_argument("--processes", type=int, default=256, help="(default: 256)")
-    parser.add_argument("--disk", type=int, default=512, metavar="MIB", help="(default: 512)")
-    parser.add_argument("--read-only", action="store_true", help="refuse writes to the root")
-
-
-def _options(args: argparse.Namespace, allow: tuple[str, ...] = ()) -> SandboxOptions:
-    from rorqual.sandbox.contract import Limits, Network
-    from rorqual.sandbox.sandbox import SandboxOptions
-
-    limits = Limits(
-        memory_bytes=args.memory * _MIB,
-        cpus=args.cpus,
-        processes=args.processes,
-        disk_bytes=args.disk * _MIB,
-    )
-    return SandboxOptions(
-        substrate=args.substrate,
-        isolation=args.isolation,
-        image=args.image,
-        limits=limits,
-        network=Network(allow=allow) if allow else None,
-        read_only=args.read_only,
-        root=args.root,
-    )
-
-
-def _run(args: argparse.Namespace) -> int:
-    argv = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
-    if not argv:
-        raise SandboxRequestError("no command: rorqual sandbox run [OPTIONS] -- CMD [ARGUMENT...]")
-    uploads = [spec.rpartition(":") for spec in args.upload]
-    if any(not local or not path.startswith("/") for local, _, path in uploads):
-        raise SandboxRequestError("--upload takes FILE:/ABSOLUTE/PATH")
-    options = _options(args, tuple(args.allow))
-
-    async def work() -> int:
-        from rorqual.sandbox.sandbox import start_sandbox
-
-        async with await start_sandbox(options) as sandbox:
-            for local, _, path in uploads:
-                await sandbox.upload(local, path)
-            # A terminal is not passed on: what is typed there may be meant for this command.
-            given = b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
-            running = await sandbox.start(argv, stdin=given, timeout_s=args.timeout)
-            streams = {"stdout": sys.stdout.buffer, "stderr": sys.stderr.buffer}
-            async for piece in running:
-                streams[piece.channel].write(piece.data)
-                streams[piece.channel].flush()
-            result = await running.result()
-        if result.status not in ("exited", "not-started"):
-            print(f"rorqual: the command was ended: {result.status}", file=sys.stderr)
-        elif result.status == "not-started":
-            sys.stderr.buffer.write(result.stderr)
-        return 124 if result.status == "timed-out" else result.returncode
-
-    return asyncio.run(work())
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -175,25 +100,27 @@ def _doctor(args: argparse.Namespace) -> int:
     with status("Starting one of each"):
         from rorqual.sandbox.doctor import examine
 
-        findings = asyncio.run(examine(args.root))
+        disk = args.vm_image.absolute() if args.vm_image is not None else None
+        findings = asyncio.run(examine(args.root, vm_image=disk))
     table = Table("substrate", "works", "start", "what to know", box=None, padding=(0, 2, 0, 0))
     for found in findings:
         took = f"{found.start_ms:.0f} ms" if found.start_ms is not None else ""
         lines = [found.missing or found.detail, *found.notes]
-        table.add_row(found.name, "yes" if found.works else "no", took, "\n".join(lines))
+        works = "?" if found.works is None else "yes" if found.works else "no"
+        table.add_row(found.name, works, took, "\n".join(lines))
     Console().print(table)
     return 0 if any(found.works for found in findings) else 1
 
 
 def _install(args: argparse.Namespace) -> int:
-    from rorqual.sandbox.tools import install, install_command, missing_tools
+    from rorqual.sandbox.tools import install, install_command, missing_tools, wanted_tools
 
-    missing = missing_tools()
+    missing = missing_tools(tools=wanted_tools(kernel=args.kernel, tests=args.tests))
     if not missing:
-        print("every program that sandboxes use is here")
+        print("everything is here")
         return 0
     for tool in missing:
-        print(f"missing: {tool.programs[0]:20} for {tool.purpose}")
+        print(f"missing: {tool.packages[0]:20} for {tool.purpose}")
     if args.dry_run:
         print(" ".join(install_command(missing)))
         return 1
@@ -227,26 +154,45 @@ def _image_build(args: argparse.Namespace) -> int:
             )
         else:
             image = store.build(args.name, Path(args.source))
-    print(f"{image.name}: {len(image.layers)} layers, {image.num_bytes / _MIB:.1f} MiB")
+    print(f"{image.name}: {_layers(image)}, {image.num_bytes / _MIB:.1f} MiB")
     return 0
 
 
 def _image_list(args: argparse.Namespace) -> int:
     from rorqual.sandbox.images import ImageStore
     from rorqual.sandbox.layout import Layout
+    from rorqual.sandbox.saved import saved_machines
 
-    for image in ImageStore(Layout(args.root).images).all():
-        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(image.created_s))
-        size = f"{image.num_bytes / _MIB:.1f} MiB"
-        print(f"{image.name:40} {len(image.layers):3} layers {size:>12}  {when}")
+    layout = Layout(args.root)
+    images, machines = ImageStore(layout.images).all(), saved_machines(layout)
+    for image in images:
+        _print_stored(image.name, _layers(image), image.num_bytes, image.created_s)
+    for saved in machines:
+        _print_stored(saved.id, "snapshot", saved.num_bytes, saved.created_s)
+    if not images and not machines:
+        print("none; build one: rorqual sandbox image build NAME DIRECTORY", file=sys.stderr)
     return 0
+
+
+def _layers(image: Image) -> str:
+    return f"{len(image.layers)} layer{'s' if len(image.layers) != 1 else ''}"
+
+
+def _print_stored(name: str, kind: str, num_bytes: int, created_s: float) -> None:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(created_s))
+    print(f"{name:40} {kind:>10} {num_bytes / _MIB:8.1f} MiB  {when}")
 
 
 def _image_remove(args: argparse.Namespace) -> int:
     from rorqual.sandbox.images import ImageStore
     from rorqual.sandbox.layout import Layout
+    from rorqual.sandbox.saved import remove_saved
 
-    ImageStore(Layout(args.root).images).remove(args.name)
+    layout = Layout(args.root)
+    for name in args.name:
+        if not remove_saved(layout, name):
+            ImageStore(layout.images).remove(name)
+        print(f"removed {name}")
     return 0
 
 
@@ -286,7 +232,7 @@ def _replay(args: argparse.Namespace) -> int:
     if not args.file.exists():
         raise SandboxRequestError(f"{args.file} does not exist")
     with contextlib.closing(TrajectoryLog(args.file)) as log, status("Replaying"):
-        report = asyncio.run(replay(log, args.trajectory, _options(args)))
+        report = asyncio.run(replay(log, args.trajectory, options_of(args)))
     different = [step for step in report if step.differences]
     for step in different:
         print(f"{step.place:5} {' '.join(step.argv)[:100]}: {', '.join(step.differences)} differ")

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rorqual.cli.progress import status
+from rorqual.errors import SandboxRequestError
+
+_MIB = 1 << 20
+_PERCENT_STEP = 10
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,7 +41,15 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     fetch.add_argument("--package", type=Path, help="the .deb file, instead of a download")
     fetch.set_defaults(run=_fetch)
-    actions.add_parser("ls", help="say which is used").set_defaults(run=_list)
+    actions.add_parser("ls", help="list those that are here").set_defaults(run=_list)
+    remove = actions.add_parser(
+        "rm",
+        help="remove kernels",
+        description="Remove kernels. Guests that run go on; snapshots made with one are lost.",
+    )
+    remove.add_argument("name", nargs="*", help="as 'kernel ls' shows it")
+    remove.add_argument("--unused", action="store_true", help="all but the one that is used")
+    remove.set_defaults(run=_remove)
     agent = commands.add_parser(
         "guest-agent",
         help="write the agent that a vm's disk must start",
@@ -48,7 +63,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _build(args: argparse.Namespace) -> int:
     from rorqual.sandbox.microvm.kernel import build_kernel
 
-    with _step_progress("Building the kernel") as progress:
+    with _ended_orderly(), _stage_progress() as progress:
         kernel = build_kernel(
             source=args.source, jobs=args.jobs, scratch=args.scratch, progress=progress
         )
@@ -66,12 +81,29 @@ def _fetch(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from rorqual.sandbox.microvm.kernel import find_kernel
+    from rorqual.sandbox.microvm.kernel import find_kernel, kernels
 
-    kernel = find_kernel()
-    print(f"{kernel.version} for {kernel.machine}: {kernel.file}")
-    if kernel.note is not None:
-        print(kernel.note)
+    used = find_kernel()  # raises with the commands that get one
+    for kernel in kernels():
+        num_bytes = sum(file.stat().st_size for file in kernel.file.parent.rglob("*"))
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(kernel.file.stat().st_mtime))
+        mark = "used" if kernel == used else ""
+        print(f"{kernel.name:48} {num_bytes / _MIB:7.1f} MiB  {when}  {mark}".rstrip())
+    if used.note is not None:
+        print(used.note)
+    return 0
+
+
+def _remove(args: argparse.Namespace) -> int:
+    from rorqual.sandbox.microvm.kernel import kernels, remove_kernel
+
+    names = list(args.name)
+    if args.unused:
+        names += [kernel.name for kernel in kernels()[1:] if kernel.name not in names]
+    elif not names:
+        raise SandboxRequestError("name a kernel of 'rorqual sandbox kernel ls', or give --unused")
+    for name in names:
+        print(f"removed {remove_kernel(name).name}")
     return 0
 
 
@@ -85,15 +117,47 @@ def _agent(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _step_progress(label: str) -> Iterator[Callable[[int, int], None]]:
+def _ended_orderly() -> Iterator[None]:
+    """A request to terminate ends the build as an interrupt does: nothing of it is left."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _stage_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal; elsewhere a line per stage and per tenth of one."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines()
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Remaining())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda stage, done, total: bar.update(
+            task, description=f"Kernel: {stage}", completed=done, total=total or None
+        )
+
+
+def _lines() -> Callable[[str, int, int], None]:
+    said = ""
+
+    def show(stage: str, done: int, total: int) -> None:
+        nonlocal said
+        percent = 100 * done // total // _PERCENT_STEP * _PERCENT_STEP if total else 0
+        line = f"kernel: {stage} {percent} %" if total else f"kernel: {stage}"
+        if line != said:
+            print(line, file=sys.stderr, flush=True)
+        said = line
+
+    return show

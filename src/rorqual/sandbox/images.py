@@ -68,10 +68,9 @@ class ImageStore:
         """One image; raises `SandboxRequestError` if there is none."""
         path = self._manifest_path(name)
         if not path.exists():
-            known = ", ".join(image.name for image in self.all()) or "none"
             raise SandboxRequestError(
-                f"there is no image {name!r} (known: {known}); "
-                f"build one: rorqual sandbox image build {name} DIRECTORY"
+                f"there is no image {name!r}: rorqual sandbox image ls shows those that are here, "
+                f"rorqual sandbox image build {name} DIRECTORY makes one"
             )
         return self._load(path)
 

@@ -116,11 +116,16 @@ class Endpoint:
 
 
 class Sandbox(ABC):
-    """One sandbox. Use it as a context manager, or `kill` it."""
+    """One sandbox. Use it as a context manager, or `kill` it.
+
+    Attributes:
+        notes: what works here, but less well than it could, and how to have it better.
+    """
 
     id: str
     options: SandboxOptions
     capabilities: Capabilities
+    notes: tuple[str, ...] = ()
 
     @staticmethod
     async def create(

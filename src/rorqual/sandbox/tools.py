@@ -22,7 +22,7 @@ class Tool:
     """A program and where it comes from.
 
     Attributes:
-        programs: any one of them will do.
+        programs: any one of them will do; an absolute path is a file.
         packages: Debian packages that bring the first.
         purpose: what does not work without it.
     """
@@ -45,24 +45,57 @@ TOOLS = (
     Tool(("qemu-img",), ("qemu-utils",), "disks of virtual machines"),
 )
 
+KERNEL_TOOLS = (
+    Tool(("gcc",), ("gcc", "libc6-dev"), "building a kernel"),
+    Tool(("make",), ("make",), "building a kernel"),
+    Tool(("flex",), ("flex",), "building a kernel"),
+    Tool(("bison",), ("bison",), "building a kernel"),
+    Tool(("bc",), ("bc",), "building a kernel"),
+    Tool(("xz",), ("xz-utils",), "unpacking a kernel's source"),
+    Tool(("/usr/include/libelf.h",), ("libelf-dev",), "building a kernel"),
+)
+"""For ``rorqual sandbox kernel build``, beside what `TOOLS` has."""
 
-def missing_tools(find: Callable[[str], str | None] | None = None) -> list[Tool]:
-    """Tools of which no program is found.
+TEST_TOOLS = (
+    Tool(("/usr/lib/grub/i386-pc/boot.img",), ("grub-pc-bin",), "the disk that tests of vm boot"),
+    Tool(("grub-mkimage",), ("grub-common",), "the disk that tests of vm boot"),
+    Tool(("mformat",), ("mtools",), "the disk that tests of vm boot"),
+    Tool(("busybox",), ("busybox-static",), "the disk that tests of vm boot"),
+)
+"""For the heavy tests only."""
+
+
+def wanted_tools(*, kernel: bool = False, tests: bool = False) -> list[Tool]:
+    """What this project can use; with what few need only if asked for.
+
+    Args:
+        kernel: to build a guest kernel.
+        tests: to run the heavy tests.
+    """
+    return [*TOOLS, *(KERNEL_TOOLS if kernel else ()), *(TEST_TOOLS if tests else ())]
+
+
+def missing_tools(
+    find: Callable[[str], str | None] | None = None, *, tools: Sequence[Tool] = TOOLS
+) -> list[Tool]:
+    """Those of `tools` of which no program is found.
 
     Args:
         find: path of a program, or None.
     """
 
     def search(program: str) -> str | None:
+        if program.startswith("/"):
+            return program if Path(program).exists() else None
         return shutil.which(program, path=f"{os.environ.get('PATH', '')}:{SEARCH_PATH}")
 
     found = find or search
-    return [tool for tool in TOOLS if not any(found(name) for name in tool.programs)]
+    return [tool for tool in tools if not any(found(name) for name in tool.programs)]
 
 
 def install_command(tools: Sequence[Tool]) -> list[str]:
     """The command that installs the packages of `tools` on Debian."""
-    packages = [package for tool in tools for package in tool.packages]
+    packages = dict.fromkeys(package for tool in tools for package in tool.packages)
     return ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
 
 

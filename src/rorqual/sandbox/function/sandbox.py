@@ -156,8 +156,16 @@ class FunctionSandbox(Sandbox):
         if rest and rest[0] == option and len(rest) >= 2:
             return engine, rest[1], rest[2:]
         if rest and not rest[0].startswith("-"):
-            return engine, self._host_path(rest[0]).read_text("utf-8"), rest[1:]
+            return engine, self._source(rest[0]), rest[1:]
         raise SandboxRequestError(f"usage: {program} {option} SOURCE [ARGUMENT...] or FILE")
+
+    def _source(self, path: str) -> str:
+        try:
+            return self._host_path(path).read_text("utf-8")
+        except OSError as error:
+            raise SandboxRequestError(f"{path!r}: {error.strerror}", errno=error.errno) from None
+        except UnicodeDecodeError:
+            raise SandboxRequestError(f"{path!r} is no text in UTF-8") from None
 
     async def run(
         self, request: ExecRequest, engine: Engine, source: str, arguments: list[str]

@@ -271,7 +271,14 @@ class Replayed:
 
 
 async def replay(log: TrajectoryLog, name: str, options: SandboxOptions) -> list[Replayed]:
-    """Run a trajectory's commands again in a fresh sandbox and compare each with the log."""
+    """Run a trajectory's commands again in a fresh sandbox and compare each with the log.
+
+    Raises:
+        SandboxRequestError: functions are to run them.
+        TrajectoryError: none has finished.
+    """
+    if options.substrate == "function":
+        raise SandboxRequestError("functions run calls, not the commands of a trajectory")
     steps = [step for step in log.steps(name) if step.finished is not None]
     if not steps:
         raise TrajectoryError(f"trajectory {name!r} has no finished command")
