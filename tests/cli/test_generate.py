@@ -24,6 +24,8 @@ def test_text_goes_to_stdout_and_the_cut_is_reported(
     out, err = capsys.readouterr()
     assert out.endswith("\n")
     assert "cut off at max_tokens" in err
+    assert run(model_dir, "Hello there", "--context", "10") == 0
+    assert "cut off at the end of --context, 10" in capsys.readouterr().err
 
 
 def test_json_is_a_chat_completions_object(

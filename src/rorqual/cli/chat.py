@@ -158,7 +158,8 @@ class Chat:
 
     def _tools(self, argument: str) -> None:
         self._conversation.tools = read_tools(Path(argument).expanduser()) if argument else []
-        self._view.note(f"{len(self._conversation.tools)} tools declared")
+        count = len(self._conversation.tools)
+        self._view.note(f"{count} tool{'' if count == 1 else 's'} declared")
 
     def _reset(self, _: str) -> None:
         self._conversation.reset()

@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         for call in reply.tool_calls:
             print(json.dumps(call.to_wire(), ensure_ascii=False))
         if reply.finish_reason == "length":
-            print("rorqual: the answer was cut off at max_tokens", file=sys.stderr)
+            full = reply.usage.get("total_tokens") == session.context_tokens
+            where = f"the end of --context, {session.context_tokens}" if full else "max_tokens"
+            print(f"rorqual: the answer was cut off at {where}", file=sys.stderr)
     return 0
 
 

@@ -28,8 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subparsers.add_parser(
         "serve",
         help="serve a model over HTTP",
-        description="Serve Chat Completions for any OpenAI client. Prints the URL and a curl "
-        "command to try. Listens on this machine only, to everybody on it; with --host on other "
+        description="Serve Chat Completions, Messages and Responses for any OpenAI or Anthropic "
+        "client. Prints the URL and a curl command to try. Listens on this machine only, to everybody on it; with --host on other "
         "addresses, to holders of a key of 'rorqual keys'.",
     )
     add_model_argument(parser)
