@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -304,3 +306,53 @@ def test_callers_mistakes_are_named(root: Path) -> None:
                 await sandbox.read("/../etc/passwd")
 
     run(work())
+
+
+HOST = """
+import asyncio, sys
+from pathlib import Path
+from rorqual.sandbox.sandbox import Sandbox
+async def work():
+    sandbox = await Sandbox.create("function", root=Path(sys.argv[1]))
+    await sandbox.exec(sys.argv[2:], timeout_s=600)
+asyncio.run(work())
+"""
+
+
+@pytest.mark.parametrize(
+    "script", [("js", "-e", "while (true) {}"), ("python", "-c", "while True: pass")]
+)
+def test_an_endless_script_ends_when_its_host_is_killed(
+    tmp_path: Path, script: tuple[str, ...]
+) -> None:
+    def workers() -> list[Path]:
+        """Those below this root, by their arguments."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                line = (process / "cmdline").read_bytes()
+                if b"function.worker" in line and os.fsencode(tmp_path) in line:
+                    found.append(process)
+        return found
+
+    def computing() -> bool:
+        """Whether one has used processor time for more than its start."""
+        with contextlib.suppress(OSError, IndexError):
+            fields = (workers()[0] / "stat").read_text().rpartition(")")[2].split()
+            return int(fields[11]) > 3 * os.sysconf("SC_CLK_TCK")
+        return False
+
+    pytest.importorskip("quickjs" if script[0] == "js" else "wasmtime")
+    host = subprocess.Popen([sys.executable, "-c", HOST, str(tmp_path), *script])
+    try:
+        deadline = time.monotonic() + 60
+        while not computing() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert computing()
+    finally:
+        host.kill()
+        host.wait()
+    deadline = time.monotonic() + 10
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert workers() == []

@@ -29,8 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "serve",
         help="serve a model over HTTP",
         description="Serve Chat Completions, Messages and Responses for any OpenAI or Anthropic "
-        "client. Prints the URL and a curl command to try. Listens on this machine only, to everybody on it; with --host on other "
-        "addresses, to holders of a key of 'rorqual keys'.",
+        "client. Prints the URL and a curl command to try. Listens on this machine only, to "
+        "everybody on it; with --host on other addresses, to holders of a key of 'rorqual keys'.",
     )
     add_model_argument(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rorqual.sandbox.function import channel
-from rorqual.sandbox.function.wall import raise_wall
+from rorqual.sandbox.function.wall import end_with_host, raise_wall
 
 Call = dict[str, Any]
 Emit = Callable[[bytes, bytes], None]
@@ -277,6 +277,7 @@ def serve(run: Callable[[Call, Emit, Ask], int], source: BinaryIO, sink: BinaryI
 
 def main() -> None:
     """Take over stdin and stdout, then serve."""
+    end_with_host()
     engine, memory, files = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     source = os.fdopen(os.dup(0), "rb")
     sink = os.fdopen(os.dup(1), "wb")
