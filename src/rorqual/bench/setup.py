@@ -110,10 +110,13 @@ def tiny_network(seed: int = _SEED) -> Transformer:
     return model.eval()
 
 
-def random_prompt(config: ModelConfig, length: int, seed: int = 0) -> list[int]:
-    """Token ids that have no prefix in common with those of another seed."""
+def random_prompt(config: ModelConfig, length: int, seed: int = 0) -> tuple[int, ...]:
+    """Token ids that have no prefix in common with those of another seed.
+
+    A tuple: a request keeps it as it is, where a list of a million would be there twice.
+    """
     generator = torch.Generator().manual_seed(_SEED + seed)
     ids: Sequence[int] = range(config.vocab_size)  # one object per token id, as in a tokenizer
     shared = list(ids)
     drawn = torch.randint(config.vocab_size, (length,), generator=generator)
-    return [shared[i] for i in drawn.tolist()]
+    return tuple(shared[i] for i in drawn.tolist())
