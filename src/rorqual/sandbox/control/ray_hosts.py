@@ -53,6 +53,8 @@ BEAT_S = 1.0
 _REACH_S = 5.0
 _ANSWER_S = 10.0
 _START_S = 60.0
+_CLOSE_S = 20.0
+"""A host that a signal ended together with this process never answers."""
 _AGAIN_S = 60.0
 _MANY_CALLS = 10_000
 
@@ -265,7 +267,7 @@ class RayHosts:
         if not keep:
             for host in list(self._hosts.values()):
                 with contextlib.suppress(SandboxError, TimeoutError):
-                    await asyncio.wait_for(host.close(), _START_S)
+                    await asyncio.wait_for(host.close(), _CLOSE_S)
                 host.lose()
             for name in list(self._groups):
                 await self._release(name)

@@ -134,7 +134,7 @@ class Worker:
         self._clock = clock
         self._boot = secrets.token_hex(8)
         self._sandboxes: dict[str, Sandbox] = {}
-        self._starting: dict[str, asyncio.Task[Sandbox]] = {}
+        self._starting: dict[str, asyncio.Task[None]] = {}
         self._commands: dict[str, _Command] = {}
         self._heard = clock()
         self._settled = asyncio.Event()
@@ -214,14 +214,15 @@ class Worker:
             message = f"it has {free >> 20} MiB left; {self._reserve_bytes >> 20} stay free"
             return Refusal(reason="host-memory", message=message, retry_after_s=5)
         await self._settled.wait()
-        task = asyncio.create_task(self._machine.launch(wanted))
+        task = asyncio.create_task(self._launch(name, wanted))
         self._starting[name] = task
-        try:
-            # Nobody may be there any more when it is done: the next beat or settling ends it.
-            self._sandboxes[name] = await asyncio.shield(task)
-        finally:
-            self._starting.pop(name, None)
+        task.add_done_callback(lambda _: self._starting.pop(name, None))
+        # Nobody may be there any more when it is done: the next beat or settling ends it.
+        await asyncio.shield(task)
         return _describe(self._sandboxes[name])
+
+    async def _launch(self, name: str, wanted: Wanted) -> None:
+        self._sandboxes[name] = await self._machine.launch(wanted)
 
     async def kill(self, name: str, guest: str | None) -> None:
         """End a sandbox, and its container where this process has no connection to it."""

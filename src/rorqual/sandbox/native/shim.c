@@ -322,8 +322,11 @@ static ssize_t take_request(char *text, int *fds, int *count) {
     bool trusted = false;
     *count = 0;
     for (struct cmsghdr *c = CMSG_FIRSTHDR(&message); size > 0 && c; c = CMSG_NXTHDR(&message, c)) {
-        size_t given = c->cmsg_len - CMSG_LEN(0);
-        if (c->cmsg_type == SCM_RIGHTS) memcpy(fds, CMSG_DATA(c), given), *count = (int)(given / sizeof *fds);
+        if (c->cmsg_type == SCM_RIGHTS) {  // more than fit are never delivered
+            *count = (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof *fds);
+            if (*count > GIVEN_FDS) _exit(1);
+            memcpy(fds, CMSG_DATA(c), *count * sizeof *fds);
+        }
         if (c->cmsg_type == SCM_CREDENTIALS) {
             struct ucred sender;
             memcpy(&sender, CMSG_DATA(c), sizeof sender);
