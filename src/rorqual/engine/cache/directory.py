@@ -3,15 +3,19 @@
 Knows files and keys, not tokens. Several processes may share a directory: each appends to segments
 of its own and finds the others' by looking again (``refresh``); deleting happens under one lock,
 and a file that vanishes under a reader is a miss.
+
+A block is of use only while all before it can be read, too. Those cut off from the root count as
+missing until what they continue is written again, and are worth nothing meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -79,6 +83,10 @@ class Directory:
         self._half_life_s = half_life_s
         self._segments: dict[str, Segment] = {}
         self._places: dict[Kind, dict[bytes, Place]] = {kind: {} for kind in KINDS}
+        # Blocks that are there but continue something that is not.
+        self._cut: set[bytes] = set()
+        # What processes that did not yet see each other wrote twice, oldest first.
+        self._spares: dict[Kind, dict[bytes, list[Place]]] = {kind: {} for kind in KINDS}
         with self.locked():
             self._sweep()
         self.refresh()
@@ -91,20 +99,31 @@ class Directory:
     @property
     def num_blocks(self) -> int:
         """Blocks that can be read."""
-        return len(self._places["block"])
+        return len(self._places["block"]) - len(self._cut)
 
     def find(self, kind: Kind, key: bytes) -> Place | None:
-        """Where ``key`` is, if anywhere."""
-        return self._places[kind].get(key)
+        """Where ``key`` is, if anywhere. A checkpoint is found if its block is."""
+        return self._places[kind].get(key) if self.is_reachable(key) else None
 
-    def is_reachable(self, parent: bytes) -> bool:
-        """Whether a block that continues ``parent`` could be found by walking from the root."""
-        return parent == self._identity or parent in self._places["block"]
+    def is_reachable(self, block: bytes) -> bool:
+        """Whether ``block``, or the root, could be found by walking from the root."""
+        if block in self._cut:
+            return False
+        return block == self._identity or block in self._places["block"]
+
+    def is_cut(self, kind: Kind, key: bytes) -> bool:
+        """Whether ``key`` is there and would be found again if what it continues were."""
+        return key in self._places[kind] and not self.is_reachable(key)
+
+    def is_dead(self, segment: Segment) -> bool:
+        """Whether nothing that was written to ``segment`` is read from it any more."""
+        found = (self.find(segment.kind, key) for key in segment.keys)
+        return segment.num_slots > 0 and not any(p and p.segment is segment for p in found)
 
     def forget(self, kind: Kind, place: Place) -> None:
         """Take a damaged or vanished payload out of the index: it may be written again."""
         if self._places[kind].get(place.record.key) is place:
-            del self._places[kind][place.record.key]
+            self._lose(kind, [place.record.key])
 
     def use(self, keys: Iterable[bytes]) -> None:
         """Count one use of the segments that hold these blocks."""
@@ -140,20 +159,28 @@ class Directory:
         self._segments[segment.name] = segment
         segment.num_slots = num_slots
         places, blocks = self._places[segment.kind], self._places["block"]
+        joined: set[bytes] = set()
         for record in records:
-            # The newest of several wins: it was written because the others could not be read.
+            # The newest of several wins: it may have been written because the others are damaged.
+            older = places.get(record.key)
             places[record.key] = Place(segment, record)
             segment.keys.append(record.key)
             before = blocks.get(record.parent)
             if before is None or before.segment is not segment:
                 segment.parents.add(record.parent)
+            if older is not None:
+                self._spares[segment.kind].setdefault(record.key, []).append(older)
+            elif segment.kind == "block":
+                (joined if self.is_reachable(record.parent) else self._cut).add(record.key)
+        if self._cut:
+            self._follow(joined, is_cut=False)
 
     def take_least(self) -> Segment | None:
         """Forget the segment worth least per byte, to be deleted; None if all must stay.
 
-        A segment is worth its decayed uses x payloads, and what continues it on top: leaves go
-        first. What cannot be reached from the root any more is worth nothing. Segments that a
-        living process writes are spared. Call under ``locked`` after ``refresh``.
+        A segment is worth its decayed uses x the payloads that are read from it, and what continues
+        it on top: spares and leaves go first. Segments that a living process writes stay. Call
+        under ``locked`` after ``refresh``.
         """
         worth = self._worth()
         spared = {
@@ -166,7 +193,6 @@ class Directory:
             return None
         least = min(candidates, key=lambda s: (worth[s.name] / s.nbytes, s.last_use, s.name))
         self._drop(least)
-        self._forget_unreachable()
         return least
 
     def delete(self, segment: Segment) -> None:
@@ -204,36 +230,65 @@ class Directory:
 
     def _drop(self, segment: Segment) -> None:
         del self._segments[segment.name]
-        self._forget_all(segment)
-
-    def _forget_all(self, segment: Segment) -> None:
-        places = self._places[segment.kind]
+        places, spares = self._places[segment.kind], self._spares[segment.kind]
         for key in segment.keys:
-            place = places.get(key)
-            if place is not None and place.segment is segment:
-                del places[key]
+            if key in spares:
+                kept = [place for place in spares.pop(key) if place.segment is not segment]
+                if kept:
+                    spares[key] = kept
+        held = {key for key in segment.keys if key in places and places[key].segment is segment}
         segment.keys.clear()
+        self._lose(segment.kind, held)
 
-    def _forget_unreachable(self) -> None:
-        """After a deletion: what continued it cannot be found; stop continuing that, too."""
-        continued = self._continued_by()
-        reached = self._reached(continued)
-        for segment in self._segments.values():
-            if segment.name not in reached:
-                self._forget_all(segment)
+    def _lose(self, kind: Kind, keys: Collection[bytes]) -> None:
+        """These cannot be read where they were: another process may have written them, too."""
+        lost: set[bytes] = set()
+        for key in keys:
+            spares = self._spares[kind].pop(key, [])
+            if spares:
+                self._places[kind][key] = spares.pop()
+            else:
+                del self._places[kind][key]
+                lost.add(key)
+            if spares:
+                self._spares[kind][key] = spares
+        if kind == "block":
+            self._cut -= lost
+            self._follow(lost, is_cut=True)
+
+    def _follow(self, blocks: set[bytes], *, is_cut: bool) -> None:
+        """Cut off from the root what continues ``blocks``, or join it to the root again."""
+        places = self._places["block"]
+        while blocks:
+            holders = {places[key].segment.name for key in blocks if key in places}
+            reached: set[bytes] = set()
+            for segment in self._segments.values():
+                if segment.kind != "block":
+                    continue
+                if segment.name not in holders and segment.parents.isdisjoint(blocks):
+                    continue
+                for key in segment.keys:  # what continues another comes after it, as a rule
+                    if key not in places or (key in self._cut) == is_cut:
+                        continue
+                    parent = places[key].record.parent
+                    if parent in blocks or parent in reached:
+                        reached.add(key)
+            if is_cut:
+                self._cut |= reached
+            else:
+                self._cut -= reached
+            blocks = reached
 
     def _continued_by(self) -> dict[str, set[str]]:
-        """For each segment the others that continue it; under "" those that begin at the root."""
-        continued: dict[str, set[str]] = {"": set()}
+        """For each segment the others that continue it."""
+        continued: dict[str, set[str]] = {}
         for segment in self._segments.values():
             for parent in segment.parents:
-                if parent == self._identity:
-                    continued[""].add(segment.name)
-                elif (place := self._places["block"].get(parent)) is not None:
+                if (place := self._places["block"].get(parent)) is not None:
                     continued.setdefault(place.segment.name, set()).add(segment.name)
         return continued
 
-    def _reached(self, continued: dict[str, set[str]], start: str = "") -> set[str]:
+    def _reached(self, continued: dict[str, set[str]], start: str) -> set[str]:
         reached: set[str] = set()
         frontier = [start]
         while frontier:
@@ -244,18 +299,26 @@ class Directory:
 
     def _worth(self) -> dict[str, float]:
         now = time.time()
+        counts = {name: len(segment.keys) for name, segment in self._segments.items()}
+        for place in self._unread():
+            counts[place.segment.name] -= 1
         own = {
-            name: self._uses(segment, now) * len(segment.keys)
+            name: self._uses(segment, now) * counts[name]
             for name, segment in self._segments.items()
         }
         continued = self._continued_by()
-        reached = self._reached(continued)
         return {
             name: sum(own[other] for other in self._reached(continued, name) | {name})
-            if name in reached
-            else 0.0
             for name in self._segments
         }
+
+    def _unread(self) -> Iterator[Place]:
+        """Payloads of no use at present."""
+        for spares in self._spares.values():
+            yield from itertools.chain.from_iterable(spares.values())
+        yield from (self._places["block"][key] for key in self._cut)
+        checkpoints = self._places["checkpoint"]
+        yield from (place for key, place in checkpoints.items() if not self.is_reachable(key))
 
     def _uses(self, segment: Segment, now: float) -> float:
         age_s = max(0.0, now - segment.last_use)

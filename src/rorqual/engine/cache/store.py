@@ -127,20 +127,21 @@ class Store:
 
     def read(self, kind: Kind, key: bytes) -> bytes | None:
         """The payload exactly as offered, or None."""
-        with self._changed:
-            place = self._directory.find(kind, key)
-        if place is None:
-            return None
-        _, data = files.paths(self._directory.path, place.segment.name)
-        try:
-            found = files.read_payload(data, place.record, self._payload_nbytes[kind])
-        except OSError:
-            found = None
-        if found is None:
+        while True:
             with self._changed:
+                place = self._directory.find(kind, key)
+            if place is None:
+                return None
+            _, data = files.paths(self._directory.path, place.segment.name)
+            try:
+                found = files.read_payload(data, place.record, self._payload_nbytes[kind])
+            except OSError:
+                found = None
+            if found is not None:
+                return found
+            with self._changed:  # another process may have written it, too
                 self._num_damaged += 1
                 self._directory.forget(kind, place)
-        return found
 
     def offer(self, kind: Kind, key: bytes, parent: bytes, data: bytes) -> bool:
         """Queue a payload to be written; never waits. False if the queue is full.
@@ -245,6 +246,7 @@ class Store:
             self._changed.notify_all()
 
     def _write(self, batch: Sequence[_Offer]) -> None:
+        self.refresh()  # what another process wrote or deleted need not or cannot be continued
         for kind in KINDS:  # blocks first: checkpoints refer to them
             payloads = [offer.payload for offer in batch if offer.kind == kind]
             while payloads := self._writable(kind, payloads):
@@ -266,8 +268,9 @@ class Store:
                 if self._directory.find(kind, payload.key) is not None:
                     continue
                 if payload.parent in keys or self._directory.is_reachable(payload.parent):
-                    kept.append(payload)
                     keys.add(payload.key)
+                    if not self._directory.is_cut(kind, payload.key):
+                        kept.append(payload)
                 else:
                     self._num_skipped += 1
         return kept
@@ -277,8 +280,8 @@ class Store:
         if kind in self._writers:
             writer, segment = self._writers[kind]
             is_full = segment.nbytes + self._payload_nbytes[kind] > self._segment_bytes
-            # Emptied: it continued what has been deleted.
-            is_dead = segment.num_slots > 0 and not segment.keys
+            with self._changed:
+                is_dead = self._directory.is_dead(segment)
             if not is_full and not is_dead:
                 return writer, segment
             self._seal(kind)
@@ -316,7 +319,7 @@ class Store:
             if self._directory.nbytes <= self._limit_bytes:
                 return None
             for kind, (_, segment) in list(self._writers.items()):
-                if segment.num_slots > 0 and not segment.keys:  # cut off from the root
+                if self._directory.is_dead(segment):
                     self._seal(kind)
             least = self._directory.take_least()
             self._num_deleted += least is not None
