@@ -10,12 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from rorqual.engine.cache.directory import Directory
+from rorqual.engine.cache.directory import Directory, Segment
 from rorqual.engine.cache.segment import (
     HEADER_NBYTES,
     RECORD_NBYTES,
@@ -57,6 +57,19 @@ def offer(target: Store, chain: int, indices: range, block: int = BLOCK) -> None
     for i in indices:
         name = key(chain, i)
         assert target.offer("block", name, key(chain, i - 1), payload(name, block))
+
+
+def write_segment(path: Path, blocks: Sequence[tuple[int, bytes]]) -> str:
+    """As another process does that sees nothing of what is there; the segment's name."""
+    writer = SegmentWriter(next(path.glob("v1-*")), "block", BLOCK, IDENTITY)
+    writer.append([Payload(k, key(0, i - 1), payload(k)) for i, k in blocks])
+    writer.close()
+    return writer.name
+
+
+def remove_segment(path: Path, name: str) -> None:
+    for file in path.rglob(f"{name}.*"):
+        file.unlink()
 
 
 def length(source: Store, chain: int, block: int = BLOCK) -> int:
@@ -148,16 +161,10 @@ def test_what_processes_wrote_twice_is_read_from_any(
     target = store(tmp_path)
     offer(target, 0, range(2))
     target.flush()
-    names = []
-    for _ in range(3):  # processes that did not see each other
-        writer = SegmentWriter(next(tmp_path.glob("v1-*")), "block", BLOCK, IDENTITY)
-        names.append(writer.name)
-        writer.append([Payload(k, key(0, i - 1), payload(k)) for i, k in KEYS if i >= 1])
-        writer.close()
+    names = [write_segment(tmp_path, KEYS[1:]) for _ in range(3)]
     target.refresh()
     assert length(target, 0) == len(KEYS)
-    for path in tmp_path.rglob(f"{names[gone]}.*"):
-        path.unlink()
+    remove_segment(tmp_path, names[gone])
     if is_seen:
         target.refresh()
     assert length(target, 0) == len(KEYS)
@@ -171,9 +178,7 @@ def test_what_was_written_twice_is_deleted_first(tmp_path: Path) -> None:
     target = store(tmp_path, limit=60 * BLOCK)
     for _ in range(2):
         for part in (KEYS[:4], KEYS[4:]):
-            writer = SegmentWriter(next(tmp_path.glob("v1-*")), "block", BLOCK, IDENTITY)
-            writer.append([Payload(k, key(0, i - 1), payload(k)) for i, k in part])
-            writer.close()
+            write_segment(tmp_path, part)
     while target.stats().num_deleted < 2:
         num_kept = length(target, 1)
         offer(target, 1, range(num_kept, num_kept + 1))
@@ -186,19 +191,13 @@ def test_what_was_written_twice_is_deleted_first(tmp_path: Path) -> None:
 def test_what_was_cut_off_counts_again_when_the_gap_is_filled(tmp_path: Path) -> None:
     target = store(tmp_path)
     mark = key(0, 7)
-    writers = [
-        SegmentWriter(next(tmp_path.glob("v1-*")), "block", BLOCK, IDENTITY) for _ in range(3)
-    ]
     parts = [KEYS[:2] + KEYS[6:7], KEYS[2:4], KEYS[4:6] + KEYS[7:]]
-    for writer, part in zip(writers, parts, strict=True):
-        writer.append([Payload(k, key(0, i - 1), payload(k)) for i, k in part])
-        writer.close()
+    names = [write_segment(tmp_path, part) for part in parts]
     target.refresh()
     target.offer("checkpoint", mark, mark, payload(mark, CHECKPOINT))
     target.flush()
     assert length(target, 0) == target.stats().num_blocks == 8
-    for path in tmp_path.rglob(f"{writers[1].name}.*"):
-        path.unlink()
+    remove_segment(tmp_path, names[1])
     target.refresh()
     assert length(target, 0) == target.stats().num_blocks == 2
     assert not target.has("block", key(0, 7))
@@ -224,7 +223,7 @@ def test_the_index_knows_exactly_what_can_be_walked_to(tmp_path: Path) -> None:
         tmp_path, identity=IDENTITY, payload_nbytes={"block": 1, "checkpoint": 2}, half_life_s=1e9
     )
     parents = {key(0, i): key(0, rng.randrange(max(-1, i - 3), i)) for i in range(60)}
-    held: dict[str, set[bytes]] = {}
+    held: dict[str, list[bytes]] = {}
     writers: dict[str, SegmentWriter] = {}
 
     def on_disk(block: bytes) -> bool:
@@ -233,32 +232,119 @@ def test_the_index_knows_exactly_what_can_be_walked_to(tmp_path: Path) -> None:
     def walkable(block: bytes) -> bool:
         return on_disk(block) and (block == IDENTITY or walkable(parents[block]))
 
+    def check() -> None:
+        found = {block for block in parents if directory.find("block", block)}
+        assert found == {block for block in parents if walkable(block)}
+        assert directory.num_blocks == len(found)
+
     for step in range(1500):
         if not held or (step % 3 == 0 and len(held) < 9):
             writer = SegmentWriter(directory.path, "block", 1, IDENTITY)
-            writers[writer.name], held[writer.name] = writer, set()
+            writers[writer.name], held[writer.name] = writer, []
         name = rng.choice(list(held))
         if rng.random() < 0.3:
             writers.pop(name).close()
-            for path in directory.path.glob(f"{name}.*"):
-                path.unlink()
+            remove_segment(directory.path, name)
             del held[name]
         else:
             more = rng.sample(list(parents), rng.randint(1, 8))
+            if rng.random() < 0.5:
+                more.sort(key=list(parents).index)
             writers[name].append([Payload(k, parents[k], b"x") for k in more])
-            held[name].update(more)
+            held[name] += more
         if rng.random() < 0.5:
             directory.refresh()
-            found = {block for block in parents if directory.find("block", block)}
-            assert found == {block for block in parents if walkable(block)}
-            assert directory.num_blocks == len(found)
+            check()
+            place = directory.find("block", rng.choice(list(parents)))
+            if place is not None and rng.random() < 0.5:
+                directory.forget("block", place)  # damaged
+                held[place.segment.name].remove(place.record.key)
+                check()
     for writer in writers.values():
         writer.close()
+    directory.refresh()
     while (least := directory.take_least()) is not None:
         directory.delete(least)
         del held[least.name]
-        found = {block for block in parents if directory.find("block", block)}
-        assert found == {block for block in parents if walkable(block)}
+        check()
+
+
+def test_what_nobody_reads_is_deleted_first(tmp_path: Path) -> None:
+    target = store(tmp_path)
+    spare, _, middle, rest = (
+        write_segment(tmp_path, blocks) for blocks in (KEYS, KEYS[:2], KEYS[2:4], KEYS[4:])
+    )
+    marks = [key(0, 3), key(0, 7)]  # one will be gone, one cut off
+    target.refresh()
+    for mark in marks:
+        assert target.offer("checkpoint", mark, mark, payload(mark, CHECKPOINT))
+    target.close()
+    other = store(tmp_path)  # in segments of its own, with fewer payloads
+    offer(other, 1, range(1))
+    assert other.offer("checkpoint", key(1, 0), key(1, 0), payload(key(1, 0), CHECKPOINT))
+    other.close()
+    directory = Directory(
+        tmp_path, identity=IDENTITY, half_life_s=1e9,
+        payload_nbytes={"block": BLOCK, "checkpoint": CHECKPOINT},
+    )  # fmt: skip
+
+    def delete() -> Segment:
+        least = directory.take_least()
+        assert least is not None
+        directory.delete(least)
+        return least
+
+    assert delete().name == spare
+    remove_segment(tmp_path, middle)
+    directory.refresh()
+    dead = [delete() for _ in range(2)]
+    assert {segment.kind for segment in dead} == {"block", "checkpoint"}
+    assert rest in {segment.name for segment in dead}
+    assert all(directory.find("block", k) for k in (key(0, 1), key(1, 0)))
+    assert directory.find("checkpoint", key(1, 0))
+
+
+def test_a_segment_cut_off_while_it_is_written_is_left_and_deleted(tmp_path: Path) -> None:
+    target = store(tmp_path, limit=60 * BLOCK)
+    base = write_segment(tmp_path, KEYS[:2])
+    target.refresh()
+    offer(target, 0, range(2, 3))
+    target.flush()
+    (mine,) = {path.stem for path in tmp_path.rglob("*.index")} - {base}
+    remove_segment(tmp_path, base)
+    offer(target, 1, range(1))
+    target.flush()
+    assert len(list(tmp_path.rglob("*.index"))) == 2, "written into what is to be deleted"
+    offer(target, 1, range(1, 30))
+    target.flush()
+    assert target.stats().num_deleted == 0
+    kept = 30
+    while target.stats().num_deleted == 0:
+        offer(target, 1, range(kept, kept + 1))
+        target.flush()
+        kept += 1
+    assert not list(tmp_path.rglob(f"{mine}.*"))
+    assert length(target, 1) == kept
+    target.close()
+
+
+def test_a_segment_is_deleted_though_its_writer_lives_if_it_is_cut_off(tmp_path: Path) -> None:
+    target = store(tmp_path, limit=60 * BLOCK)
+    base = write_segment(tmp_path, KEYS[:2])
+    target.refresh()
+    offer(target, 0, range(2, 4))
+    target.flush()
+    (mine,) = {path.stem for path in tmp_path.rglob("*.index")} - {base}
+    chain = [(i, key(0, i)) for i in range(100, 160)]
+    remove_segment(tmp_path, base)
+    write_segment(tmp_path, [(0, key(0, 0)), *chain])
+    mark = key(0, 0)
+    target.refresh()
+    target.offer("checkpoint", mark, mark, payload(mark, CHECKPOINT))  # no block: none is sealed
+    target.flush()
+    assert target.stats().num_deleted > 0
+    assert not list(tmp_path.rglob(f"{mine}.*"))
+    target.close()
 
 
 def test_the_limit_holds_and_what_is_used_stays(tmp_path: Path) -> None:
@@ -336,6 +422,25 @@ def test_flipped_bits_are_never_served(intact: Path, tmp_path: Path) -> None:
         target.flush()
         assert length(target, 0) >= 1
         target.close()
+
+
+def test_damage_cuts_off_what_follows_until_it_is_written_again(tmp_path: Path) -> None:
+    target = store(tmp_path)
+    offer(target, 0, range(8))
+    target.flush()
+    (data,) = tmp_path.rglob("*.data")
+    whole = data.read_bytes()
+    data.write_bytes(whole[: 3 * BLOCK] + bytes(BLOCK) + whole[4 * BLOCK :])
+    assert target.num_known([k for _, k in KEYS]) == 8
+    assert length(target, 0) == target.stats().num_blocks == 3
+    assert target.stats().num_damaged == 1
+    assert not target.has("block", key(0, 7))
+    written = target.stats().written_bytes
+    offer(target, 0, range(3, 8))
+    target.flush()
+    assert target.stats().written_bytes == written + BLOCK
+    assert length(target, 0) == target.stats().num_blocks == 8
+    target.close()
 
 
 def test_a_damaged_record_is_left_out_and_its_neighbours_stay(intact: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Segment:
     """By this process."""
     keys: list[bytes] = field(default_factory=list)
     parents: set[bytes] = field(default_factory=set)
-    """Keys in other segments that this one's records continue."""
+    """Keys this one's records continue and do not follow here: most are in other segments."""
 
     @property
     def nbytes(self) -> int:
@@ -118,11 +118,13 @@ class Directory:
     def is_dead(self, segment: Segment) -> bool:
         """Whether nothing that was written to ``segment`` is read from it any more."""
         found = (self.find(segment.kind, key) for key in segment.keys)
-        return segment.num_slots > 0 and not any(p and p.segment is segment for p in found)
+        return not any(place and place.segment is segment for place in found)
 
     def forget(self, kind: Kind, place: Place) -> None:
         """Take a damaged or vanished payload out of the index: it may be written again."""
         if self._places[kind].get(place.record.key) is place:
+            # What followed it in its segment continues another's copy from now on, if anything.
+            place.segment.parents.add(place.record.key)
             self._lose(kind, [place.record.key])
 
     def use(self, keys: Iterable[bytes]) -> None:
@@ -237,7 +239,6 @@ class Directory:
                 if kept:
                     spares[key] = kept
         held = {key for key in segment.keys if key in places and places[key].segment is segment}
-        segment.keys.clear()
         self._lose(segment.kind, held)
 
     def _lose(self, kind: Kind, keys: Collection[bytes]) -> None:
@@ -260,12 +261,9 @@ class Directory:
         """Cut off from the root what continues ``blocks``, or join it to the root again."""
         places = self._places["block"]
         while blocks:
-            holders = {places[key].segment.name for key in blocks if key in places}
             reached: set[bytes] = set()
             for segment in self._segments.values():
-                if segment.kind != "block":
-                    continue
-                if segment.name not in holders and segment.parents.isdisjoint(blocks):
+                if segment.kind != "block" or segment.parents.isdisjoint(blocks):
                     continue
                 for key in segment.keys:  # what continues another comes after it, as a rule
                     if key not in places or (key in self._cut) == is_cut:
