@@ -204,6 +204,28 @@ def test_another_plane_finds_what_it_knows_and_ends_the_rest(root: Path, tmp_pat
     run(work())
 
 
+def test_a_start_whose_caller_leaves_is_known_and_ended(root: Path, tmp_path: Path) -> None:
+    async def work() -> None:
+        async with workers(tmp_path, root) as (worker, wire):
+            task = asyncio.create_task(wire.call("start", "one", Wanted()))
+            while not worker._starting:
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            while worker._starting:
+                await asyncio.sleep(0.01)
+            assert (await worker.beat(frozenset({"one"}))).live == {"one"}
+            await worker.beat(frozenset())
+            for _ in range(200):
+                if not list((tmp_path / "sandboxes").iterdir()):
+                    break
+                await asyncio.sleep(0.02)
+            assert list((tmp_path / "sandboxes").iterdir()) == []
+
+    run(work())
+
+
 def test_silence_ends_everything(root: Path, tmp_path: Path) -> None:
     async def work() -> None:
         clock, left = Clock(), asyncio.Event()

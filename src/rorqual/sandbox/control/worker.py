@@ -134,7 +134,7 @@ class Worker:
         self._clock = clock
         self._boot = secrets.token_hex(8)
         self._sandboxes: dict[str, Sandbox] = {}
-        self._starting: dict[str, asyncio.Task[None]] = {}
+        self._starting: dict[str, asyncio.Task[Sandbox]] = {}
         self._commands: dict[str, _Command] = {}
         self._heard = clock()
         self._settled = asyncio.Event()
@@ -218,11 +218,11 @@ class Worker:
         self._starting[name] = task
         task.add_done_callback(lambda _: self._starting.pop(name, None))
         # Nobody may be there any more when it is done: the next beat or settling ends it.
-        await asyncio.shield(task)
-        return _describe(self._sandboxes[name])
+        return _describe(await asyncio.shield(task))
 
-    async def _launch(self, name: str, wanted: Wanted) -> None:
-        self._sandboxes[name] = await self._machine.launch(wanted)
+    async def _launch(self, name: str, wanted: Wanted) -> Sandbox:
+        sandbox = self._sandboxes[name] = await self._machine.launch(wanted)
+        return sandbox
 
     async def kill(self, name: str, guest: str | None) -> None:
         """End a sandbox, and its container where this process has no connection to it."""
